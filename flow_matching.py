@@ -44,6 +44,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
@@ -260,7 +261,7 @@ def sample(v, noise, path=ot_path, t_end=1.0, **solver):
     """Noise to data: p_0 = N(0, σ(0)² I) is pushed along v to t_end.
 
     v: callable (x, t), noise: (B, ...) from N(0, I), solver: as for odeint.
-    Returns x_1: (B, ...) and the NFE.  Needs: odeint.
+    Returns x_1: (B, ...) and the NFE.  Needs: ot_path, odeint.
     """
     sigma_0 = path(torch.zeros(1, device=noise.device))[1]
     return odeint(v, sigma_0 * noise, 0.0, t_end, **solver)
@@ -355,20 +356,14 @@ class ResBlock(nn.Module):
 
 
 class Downsample(nn.Conv2d):
-    """Halve height and width."""
-
-    def __init__(self, channels):
-        super().__init__(channels, channels, 3, stride=2, padding=1)
+    """Halve height and width: a convolution of stride 2."""
 
     def forward(self, h, emb):
         return super().forward(h)
 
 
 class Upsample(nn.Conv2d):
-    """Double height and width."""
-
-    def __init__(self, channels):
-        super().__init__(channels, channels, 3, padding=1)
+    """Double height and width: nearest neighbours, then a convolution."""
 
     def forward(self, h, emb):
         return super().forward(F.interpolate(h, scale_factor=2.0, mode="nearest"))
@@ -410,7 +405,7 @@ class UNet(nn.Module):
                 c = m * width
                 skips.append(c)
             if i < len(mults) - 1:
-                self.down.append(Downsample(c))
+                self.down.append(Downsample(c, c, 3, stride=2, padding=1))
                 skips.append(c)
         self.middle1, self.middle2 = block(c, c, attention=any(attention)), block(c, c)
         for i, m in reversed(list(enumerate(mults))):
@@ -418,7 +413,7 @@ class UNet(nn.Module):
                 self.up.append(block(c + skips.pop(), m * width, attention=level_attends[i]))
                 c = m * width
             if i > 0:
-                self.up.append(Upsample(c))
+                self.up.append(Upsample(c, c, 3, padding=1))
         self.out_norm = group_norm(c)
         self.out = zero_(nn.Conv2d(c, channels * patch**2, 3, padding=1))
 
@@ -456,10 +451,10 @@ def draw_digits(n, size, seed=0):
     labels = rng.integers(10, size=n)
     images = np.empty((n, 1, size, size), np.uint8)
     big = 4 * size  # drawn large, then averaged down: smooth edges
-    fonts = [ImageFont.load_default(big * s) for s in np.linspace(0.75, 1.05, 7)]
+    fonts = [ImageFont.load_default(big * s) for s in np.linspace(0.9, 1.15, 6)]
     for image, label in zip(images, labels):
         canvas = Image.new("L", (big, big))
-        font, stroke = fonts[rng.integers(len(fonts))], int(rng.integers(0, 1 + big // 24))
+        font, stroke = fonts[rng.integers(len(fonts))], int(rng.integers(1 + big // 32))
         middle = (big / 2, big / 2)
         ImageDraw.Draw(canvas).text(middle, str(label), 255, font, anchor="mm", stroke_width=stroke)
         angle, slant = rng.normal(0, 0.12), rng.normal(0, 0.15)
@@ -474,15 +469,11 @@ def draw_digits(n, size, seed=0):
 def load_torchvision(name, data_dir, size):
     """mnist, fashion-mnist or cifar10 from data_dir, downloaded into it if they are not there."""
     kind = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10"}[name]
-    make = functools.partial(getattr(torchvision.datasets, kind), data_dir, train=True)
     try:
-        data = make(download=False)
-    except RuntimeError:
-        try:
-            data = make(download=True)
-        except (OSError, RuntimeError) as error:
-            raise ValueError(f"{kind} is not in {data_dir} and could not be downloaded ({error}): "
-                             "name its folder with --data-dir, or use --data digits") from None
+        data = getattr(torchvision.datasets, kind)(data_dir, train=True, download=True)
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{kind} is not in {data_dir} and could not be downloaded ({error}): name "
+                         "its folder with --data-dir, or use --data digits") from None
     images, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets)
     images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)
     if images.shape[-1] != size:
@@ -495,12 +486,23 @@ def decode(file, size, mode):
     try:
         with Image.open(file) as image:
             image = ImageOps.exif_transpose(image)
-            if image.mode.startswith(("I", "F")):  # 16 bits: Pillow would clip them, not scale
+            if image.mode.startswith("I"):  # 16 bits: Pillow would clip them, not scale
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             pixels = np.asarray(ImageOps.fit(image.convert(mode), (size, size), Image.LANCZOS))
     except Exception as error:  # Pillow raises a dozen kinds
         raise ValueError(f"{file} does not decode as an image: {error}") from None
     return pixels.reshape(size, size, -1).transpose(2, 0, 1)
+
+
+def is_grey(file):
+    try:
+        with Image.open(file) as image:
+            return image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I")
+    except Exception:
+        return True  # decode will say what is wrong
 
 
 def load_folder(folder, data_dir, size):
@@ -512,48 +514,41 @@ def load_folder(folder, data_dir, size):
     files = sorted(f for f in root.rglob("*") if f.suffix.lower() in endings and f.is_file())
     if not files:
         raise ValueError(f"{folder} holds no images (files named .png, .jpg, ...)")
-    parts = [f.relative_to(root).parts for f in files]
-    names = sorted({p[0] for p in parts}) if all(len(p) > 1 for p in parts) else []
-    labels = torch.tensor([names.index(p[0]) if names else 0 for p in parts])
+    tops = [f.relative_to(root).parts[0] for f in files]
+    names = sorted(set(tops)) if all(f.parent != root for f in files) else []
+    numbers = {name: i for i, name in enumerate(names)}
+    labels = torch.tensor([numbers.get(top, 0) for top in tops])
 
-    stamp = [(str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    key = hashlib.sha256(repr((size, stamp)).encode()).hexdigest()[:16]
+    stamps = [(f.relative_to(root).as_posix(), s.st_size, s.st_mtime_ns)
+              for f, s in ((f, f.stat()) for f in files)]
+    key = hashlib.sha256(repr((size, stamps)).encode()).hexdigest()[:16]
     cache = Path(data_dir) / f"{root.resolve().name}-{size}-{key}.npy"
+
+    def fill(temporary):
+        mode = "L" if all(map(is_grey, files)) else "RGB"  # stops at the first file in colour
+        shape = (len(files), {"L": 1, "RGB": 3}[mode], size, size)
+        array = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
+        progress = Progress(len(files), "images decoded")
+        with ThreadPoolExecutor() as pool:
+            for i in range(0, len(files), 1024):  # by chunks: bounded memory
+                part = files[i : i + 1024]
+                array[i : i + 1024] = list(pool.map(lambda f: decode(f, size, mode), part))
+                print(f"\r{progress.line(i + len(part))} ", end="", flush=True)
+        print()
+        array.flush()
+
     if not cache.exists():
-        mode = "L" if all(is_grey(f) for f in files) else "RGB"
-
-        def fill(temporary):
-            shape = (len(files), len(mode) // 2 * 2 + 1, size, size)  # "L": 1, "RGB": 3
-            array = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
-            clock = Progress(len(files), "images decoded")
-            with ThreadPoolExecutor() as pool:
-                for i in range(0, len(files), 1024):  # by chunks: bounded memory
-                    some = files[i : i + 1024]
-                    for j, pixels in enumerate(pool.map(lambda f: decode(f, size, mode), some), i):
-                        array[j] = pixels
-                    clock.show(i + len(some))
-            array.flush()
-
         write_atomically(cache, fill)
     images = torch.from_numpy(np.load(cache, mmap_mode="c"))  # "c": torch wants a writable array
     return images, labels, names
-
-
-def is_grey(file):
-    try:
-        with Image.open(file) as image:
-            return image.mode in ("1", "L", "LA", "La") or image.mode.startswith(("I", "F"))
-    except Exception:  # decode() will name it
-        return True
 
 
 def load_data(name, data_dir, size):
     """The images, labels and names of a --data argument."""
     if name == "digits":
         return draw_digits(20_000, size)
-    if name in RECIPES:
-        return load_torchvision(name, data_dir, size)
-    return load_folder(name, data_dir, size)
+    load = load_torchvision if name in RECIPES else load_folder
+    return load(name, data_dir, size)
 
 
 def to_float(images):
@@ -612,8 +607,6 @@ RECIPES = {  # every value is also a flag; a folder of images takes the last row
     "folder": dict(size=32, width=64, mults=[1, 2, 2], blocks=2, attention=[8], patch=1,
                    dropout=0.0, batch=64, lr=1e-3, warmup=200, steps=20_000, ema=0.999, flip=False),
 }
-DEFAULTS = dict(data="digits", path="ot", decay="linear", clip=1.0, weight_decay=0.0, seed=0,
-                log_every=50, sample_every=300, save_every=300)
 
 
 def build_velocity(config):
@@ -659,10 +652,6 @@ def update_ema(ema, model, step, decay):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
 
 
-def save_checkpoint(file, **parts):
-    write_atomically(file, lambda temporary: torch.save(parts, temporary))
-
-
 def load_checkpoint(file, device="cpu"):
     """The dict that train() saved.  weights_only: a hostile file cannot run code."""
     if not Path(file).is_file():
@@ -692,6 +681,12 @@ def load_velocity(file, device):
     return velocity, config, checkpoint["step"]
 
 
+def autocast(device, amp):
+    """Mixed precision: matrix work in amp ("bf16" or "fp16"), or everything in float32 ("off")."""
+    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
+    return torch.autocast(device.type, dtype, enabled=amp != "off")
+
+
 def start_ranks(device):
     """rank, world size and device; under torchrun each process drives one GPU (or CPU share)."""
     if "RANK" not in os.environ:
@@ -699,16 +694,9 @@ def start_ranks(device):
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    if not torch.distributed.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        torch.distributed.init_process_group(backend, timeout=timedelta(hours=2))
-    return torch.distributed.get_rank(), torch.distributed.get_world_size(), device
-
-
-def autocast(device, amp):
-    """Mixed precision: matrix work in amp ("bf16" or "fp16"), or everything in float32 ("off")."""
-    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
-    return torch.autocast(device.type, dtype, enabled=amp != "off")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=2))  # others wait for a long decode
+    return dist.get_rank(), dist.get_world_size(), device
 
 
 def load_on_each_machine(config, world):
@@ -717,28 +705,21 @@ def load_on_each_machine(config, world):
         if turn == (int(os.environ.get("LOCAL_RANK", 0)) > 0):
             data = load_data(config["data"], config["data_dir"], config["size"])
         if world > 1:
-            torch.distributed.barrier()
+            dist.barrier()
     return data
 
 
-def all_reduce(value, world, op="SUM"):
-    """A tensor combined over the ranks, in place."""
-    if world > 1:
-        torch.distributed.all_reduce(value, getattr(torch.distributed.ReduceOp, op))
-    return value
-
-
 def train(config, out, device, compiled=False, resume=None, stop=lambda: False):
-    """Train by config (a recipe with its defaults), leaving checkpoint.pt, log.jsonl and grids.
+    """Train by config (DEFAULTS and a recipe), leaving checkpoint.pt, log.jsonl and grids in out.
 
     resume: a checkpoint dict to go on from, exactly.  stop: asked after every step; once true, a
-    checkpoint is written and the run ends.  Returns the number of steps done.
-    Raises FloatingPointError, and saves nothing, once a gradient is not finite.
+    checkpoint is written and the run ends.  Raises FloatingPointError, and saves nothing, once a
+    gradient is not finite; ValueError if the batch does not divide by the number of ranks.
     """
     rank, world, device = start_ranks(device)
-    out, say = Path(out), print if rank == 0 else lambda *args: None
-    if config["batch"] % world:
-        raise ValueError(f"--batch {config['batch']} is not divisible by {world} ranks")
+    B, steps, amp = config["batch"], config["steps"], config["amp"]
+    if B % world:
+        raise ValueError(f"--batch {B} is not divisible by {world} ranks")
     images, labels, names = load_on_each_machine(config, world)
     some = to_float(images[:: max(1, len(images) // 10_000)])
     config = config | dict(channels=images.shape[1], data_rms=some.square().mean().sqrt().item())
@@ -748,12 +729,12 @@ def train(config, out, device, compiled=False, resume=None, stop=lambda: False):
     ema = copy.deepcopy(velocity).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(velocity.parameters(), lr=config["lr"], fused=True,
                                   weight_decay=config["weight_decay"])
-    scaler = torch.amp.GradScaler(device.type, enabled=config["amp"] == "fp16")
+    scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     state = dict(model=velocity, ema=ema, optimizer=optimizer, scaler=scaler)
+    start = resume["step"] if resume else 0
     if resume:
         for name, part in state.items():
             part.load_state_dict(resume[name])
-    start = resume["step"] if resume else 0
     model = velocity  # the bare module is what is saved and averaged: no "_orig_mod." in the names
     if world > 1:
         ids = [device.index] if device.type == "cuda" else None
@@ -764,25 +745,24 @@ def train(config, out, device, compiled=False, resume=None, stop=lambda: False):
         images = images.to(device)
     labels = labels.to(images.device)
 
-    B, steps, shape = config["batch"], config["steps"], images.shape[1:]
-    say(f"{config['data']}: {len(images):,} images of {' x '.join(map(str, shape))}; "
-        f"path {config['path']}; U-Net of {sum(p.numel() for p in ema.parameters()) / 1e6:.2f}M "
-        f"parameters; {world} x {device}, amp {config['amp']}, compile {compiled}\n"
-        f"{steps:,} steps x batch {B} = {steps * B / len(images):,.1f} epochs; "
-        f"EMA decay {config['ema']}; writing {out}/")
-    log_file = out / "log.jsonl"
+    out, log = Path(out), Path(out, "log.jsonl")
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        lines = log_file.read_text().splitlines(True) if resume and log_file.exists() else []
-        log_file.write_text("".join(x for x in lines if json.loads(x)["step"] <= start))
-    loss_sum, bad_step = torch.zeros(2, device=device), torch.full((), -1, device=device)
+        lines = log.read_text().splitlines(True) if resume and log.exists() else []
+        log.write_text("".join(x for x in lines if json.loads(x)["step"] <= start))
+        millions = sum(p.numel() for p in ema.parameters()) / 1e6
+        print(f"{config['data']}: {len(images):,} images of {tuple(images.shape[1:])}; path "
+              f"{config['path']}; {millions:.2f}M parameters; {world} x {device}, amp {amp}, "
+              f"compile {compiled}\n{steps:,} steps x batch {B} = {steps * B / len(images):,.1f} "
+              f"epochs; EMA decay {config['ema']}; writing {out}/")
     path, t_end = PATHS[config["path"]], T_END[config["path"]]
-    clock = Progress(steps, "steps", start)
+    loss_sum, bad_step = torch.zeros(2, device=device), torch.full((), -1, device=device)
+    progress = Progress(steps, "steps", start)
     for step in range(start + 1, steps + 1):  # between log lines nothing waits for the device
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
         x_1, _, x_0, t = draw_batch(images, labels, config, step, device, rank, world)
-        with autocast(device, config["amp"]):
+        with autocast(device, amp):
             loss = cfm_loss(model, path, x_1, x_0, t, velocity.weight(t))
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)  # before clipping
@@ -796,36 +776,39 @@ def train(config, out, device, compiled=False, resume=None, stop=lambda: False):
         bad_step = torch.where(good | (bad_step >= 0), bad_step, step)
 
         stopping = stop()
-        if world > 1:  # the ranks agree, every tenth step: they must leave together
-            stopping = step % 10 == 0 and all_reduce(torch.tensor(float(stopping), device=device),
-                                                     world, "MAX").item() > 0
+        if world > 1:  # ranks must leave together: they agree on it at every tenth step
+            flag = torch.tensor(float(stopping), device=device)
+            stopping = step % 10 == 0 and (dist.all_reduce(flag), flag.item())[1] > 0
         saving = stopping or step % config["save_every"] == 0 or step == steps
         if saving or step % config["log_every"] == 0:
             if bad_step >= 0:
                 raise FloatingPointError(f"the gradient of step {bad_step.item()} is not finite; "
                                          "the last checkpoint is kept: try a lower --lr")
-            total, count = all_reduce(loss_sum, world).tolist()
+            if world > 1:
+                dist.all_reduce(loss_sum)
+            line = dict(step=step, loss=(loss_sum[0] / loss_sum[1]).item(),
+                        images_per_second=round(B * progress.rate(step), 1))
             loss_sum.zero_()
-            rate = clock.rate(step) * B
-            say(f"step {step:,}/{steps:,}  loss {total / count:.4f}  {rate:,.0f} images/s  "
-                f"{clock.left(step)} left  peak {peak_memory(device) / 2**30:.2f} GiB")
             if rank == 0:
-                line = dict(step=step, loss=total / count, images_per_second=round(rate, 1))
-                with open(log_file, "a") as f:
+                print(f"{progress.line(step, B)}  loss {line['loss']:.4f}  "
+                      f"peak {peak_memory(device) / 2**30:.2f} GiB", flush=True)
+                with open(log, "a") as f:
                     f.write(json.dumps(line) + "\n")
-                if saving:
-                    parts = {name: part.state_dict() for name, part in state.items()}
-                    save_checkpoint(out / "checkpoint.pt", step=step, config=config, **parts)
-            clock.restart(step)
+            if rank == 0 and saving:
+                parts = {name: part.state_dict() for name, part in state.items()}
+                parts |= dict(step=step, config=config)
+                write_atomically(out / "checkpoint.pt", functools.partial(torch.save, parts))
+            progress.restart(step)
         if rank == 0 and (step % config["sample_every"] == 0 or step == steps):
-            noise = draw_noise(0, range(64), shape).to(device)
-            with autocast(device, config["amp"]):
+            noise = draw_noise(0, range(64), images.shape[1:]).to(device)
+            with autocast(device, amp):
                 x, _ = sample(ema, noise, path, t_end)
             save_grid(to_uint8(x).cpu(), out / f"step-{step:06d}.png")
-            clock.restart(step)
+            progress.restart(step)
         if stopping:
-            return step
-    return steps
+            break
+    if world > 1:
+        dist.destroy_process_group()
 
 
 def peak_memory(device):
@@ -841,7 +824,7 @@ def peak_memory(device):
 
 
 class Progress:
-    """Rate and time left of `total` things, from those since the last restart."""
+    """Rate and time left for `total` things, from those done since the last restart."""
 
     def __init__(self, total, what, done=0):
         self.total, self.what = total, what
@@ -851,16 +834,12 @@ class Progress:
         self.start, self.done = time.perf_counter(), done
 
     def rate(self, done):
-        return (done - self.done) / max(1e-9, time.perf_counter() - self.start)
+        return max(1, done - self.done) / (time.perf_counter() - self.start)
 
-    def left(self, done):
-        seconds = int((self.total - done) / max(1e-9, self.rate(done)))
-        return str(timedelta(seconds=seconds))
-
-    def show(self, done):
-        line = f"{done:,}/{self.total:,} {self.what}, {self.rate(done):,.1f}/s"
-        end = "\n" if done >= self.total else ""
-        print(f"\r{line}, {self.left(done)} left ", end=end, flush=True)
+    def line(self, done, unit=1):
+        left = timedelta(seconds=int((self.total - done) / self.rate(done)))
+        return (f"{done:,}/{self.total:,} {self.what}  {unit * self.rate(done):,.1f} images/s  "
+                f"{left} left")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -876,19 +855,20 @@ class Parser(argparse.ArgumentParser):
 
 
 def number(kind, low, high=10**12):
-    """An argparse type: a finite int or float between low and high."""
+    """An argparse type: a finite int or float from low to high."""
 
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
+        value = kind(text)
         if not low <= value <= high:
-            what = "a whole number" if kind is int else "a number"
-            raise argparse.ArgumentTypeError(f"{text!r} is not {what} from {low} to {high:g}")
+            raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
         return value
 
+    parse.__name__ = kind.__name__
     return parse
+
+
+COUNT, WHOLE, POSITIVE = number(int, 1), number(int, 0), number(float, 1e-12)
+FRACTION = number(float, 0, 1)
 
 
 def counts(text):
@@ -896,95 +876,57 @@ def counts(text):
     return [] if text == "none" else [COUNT(part) for part in text.split(",")]
 
 
-COUNT, WHOLE, POSITIVE = number(int, 1), number(int, 0), number(float, 1e-12)
-FRACTION = number(float, 0, 1)
-TRAIN_FLAGS = {  # name: (type, help); the default is the recipe's
-    "size": (COUNT, "height and width of the images, pixels"),
-    "width": (COUNT, "channels at full resolution, a multiple of 4"),
-    "mults": (counts, "multiples of the width, one per level, such as 1,2,2"),
-    "blocks": (COUNT, "residual blocks per level"),
-    "attention": (counts, "heights, in pixels after patching, at which to attend, or none"),
-    "patch": (COUNT, "fold PATCH x PATCH pixels into channels: faster"),
-    "dropout": (FRACTION, "share of activations dropped in residual blocks"),
-    "batch": (COUNT, "images per step, over all ranks"),
-    "lr": (POSITIVE, "peak learning rate of AdamW"),
-    "warmup": (WHOLE, "steps of linear warm-up"),
-    "steps": (COUNT, "training steps"),
-    "ema": (FRACTION, "decay per step of the averaged weights"),
-    "weight_decay": (number(float, 0), "decoupled weight decay of AdamW"),
-    "clip": (POSITIVE, "largest norm of the gradient"),
-    "seed": (WHOLE, "of everything random"),
-    "log_every": (COUNT, "steps between log lines"),
-    "sample_every": (COUNT, "steps between sample grids"),
-    "save_every": (COUNT, "steps between checkpoints"),
+COMMON_FLAGS = {  # flag: (default, type or choices, help)
+    "device": (None, ["cuda", "mps", "cpu"], "default: the fastest here"),
+    "amp": (None, ["bf16", "fp16", "off"], "mixed precision; default: on CUDA bf16, or fp16 where "
+            "it is not native; elsewhere off"),
+    "out": (None, str, "what to write; default: runs/DATA-PATH for train, samples.png beside the "
+            "checkpoint for sample"),
+    "overwrite": (False, bool, "replace what --out names"),
 }
-FREE_ON_RESUME = {"steps", "data_dir", "amp", "log_every", "sample_every", "save_every"}
-
-
-def build_parser():
-    parser = Parser(prog="flow_matching.py", description=__doc__.split("\n\n")[0],
-                    epilog="COMMAND --help explains each command, with an example.")
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-
-    def command(name, run, help, example):
-        p = commands.add_parser(name, help=help, description=help, epilog=example,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-        p.set_defaults(run=run, error=p.error)
-        p.add_argument("--device", choices=["auto", "cuda", "mps", "cpu"], default="auto",
-                       help="(default: the fastest here)")
-        p.add_argument("--amp", choices=["bf16", "fp16", "off"],
-                       help="mixed precision (default: bf16 or fp16 on CUDA, off elsewhere)")
-        p.add_argument("--overwrite", action="store_true", help="replace what --out names")
-        return p
-
-    recipes = "\n".join(f"  {name}: {' '.join(f'{k}={v}' for k, v in recipe.items())}"
-                        for name, recipe in RECIPES.items()).replace(", ", ",")
-    p = command("train", run_train, "Learn to make images from noise.",
-                "example: flow_matching.py train --path ot\n"
-                "         flow_matching.py train --data photos/ --size 64 --out runs/photos\n"
-                f"recipes, by --data (every value is a flag):\n{recipes}")
-    p.add_argument("--data", help="digits (drawn on the spot), mnist, fashion-mnist, cifar10, or "
-                   f"a folder of images (default: {DEFAULTS['data']})")
-    p.add_argument("--path", choices=list(PATHS), help=f"(default: {DEFAULTS['path']})")
-    p.add_argument("--data-dir", help="of downloads and decoded folders (default: data)")
-    p.add_argument("--out", help="directory of the run (default: runs/DATA-PATH)")
-    p.add_argument("--resume", action="store_true",
-                   help="go on with the run in --out (default: the newest in runs/)")
-    p.add_argument("--compile", action=argparse.BooleanOptionalAction,
-                   help="torch.compile (default: on CUDA only)")
-    p.add_argument("--flip", action=argparse.BooleanOptionalAction,
-                   help="mirror images at random (default: by recipe)")
-    p.add_argument("--decay", choices=["linear", "none"],
-                   help=f"of the learning rate, to 0 (default: {DEFAULTS['decay']})")
-    for name, (kind, text) in TRAIN_FLAGS.items():
-        p.add_argument("--" + name.replace("_", "-"), type=kind, metavar=name.upper(),
-                       help=f"{text} (default: {DEFAULTS.get(name, 'by recipe')})")
-
-    p = command("sample", run_sample, "Make images from a checkpoint's EMA weights.",
-                "example: flow_matching.py sample --steps 20\n"
-                "         flow_matching.py sample --n 10000 --out images/")
-    p.add_argument("--ckpt", help="checkpoint file (default: the newest runs/*/checkpoint.pt)")
-    p.add_argument("--n", type=COUNT, default=64, help="number of images (default: %(default)s)")
-    p.add_argument("--solver", choices=list(SOLVERS), default="midpoint",
-                   help="euler, midpoint and rk4 evaluate the network 1, 2 and 4 times a step; "
-                   "dopri5 adapts (default: %(default)s)")
-    p.add_argument("--steps", type=COUNT, default=20, help="solver steps (default: %(default)s)")
-    p.add_argument("--tolerance", type=number(float, 1e-12, 1), default=1e-5,
-                   help="of dopri5, relative and absolute (default: %(default)s)")
-    p.add_argument("--seed", type=WHOLE, default=0, help="of the noise (default: %(default)s)")
-    p.add_argument("--batch", type=COUNT, help="images at a time (default: by size, up to 512)")
-    p.add_argument("--out", help="NAME.png for a grid, a directory for one PNG per image "
-                   "(default: samples.png beside the checkpoint)")
-    return parser
-
-
+TRAIN_FLAGS = {
+    "data": ("digits", str, f"{', '.join(list(RECIPES)[:-1])}, or a folder of images"),
+    "path": ("ot", list(PATHS), "probability path"),
+    "data_dir": ("data", str, "where downloads and decoded folders are kept"),
+    "size": (None, COUNT, "height and width of the images, pixels"),
+    "width": (None, COUNT, "channels at full resolution, a multiple of 4"),
+    "mults": (None, counts, "multiples of the width, one per level, such as 1,2,2"),
+    "blocks": (None, COUNT, "residual blocks per level"),
+    "attention": (None, counts, "heights (after patching) at which to attend, such as 16,8; none"),
+    "patch": (None, COUNT, "fold PATCH x PATCH pixels into channels: faster"),
+    "dropout": (None, FRACTION, "share of activations dropped in residual blocks"),
+    "batch": (None, COUNT, "images per step, over all ranks"),
+    "lr": (None, POSITIVE, "peak learning rate of AdamW"),
+    "warmup": (None, WHOLE, "steps of linear warm-up"),
+    "steps": (None, COUNT, "training steps"),
+    "ema": (None, FRACTION, "decay per step of the averaged weights"),
+    "flip": (None, bool, "mirror images at random"),
+    "decay": ("linear", ["linear", "none"], "fall of the learning rate to 0"),
+    "weight_decay": (0.0, number(float, 0), "of AdamW"),
+    "clip": (1.0, POSITIVE, "largest norm of the gradient"),
+    "seed": (0, WHOLE, "of everything random"),
+    "log_every": (50, COUNT, "steps between log lines"),
+    "sample_every": (300, COUNT, "steps between sample grids"),
+    "save_every": (300, COUNT, "steps between checkpoints"),
+    "compile": (None, bool, "torch.compile; default: on CUDA only"),
+    "resume": (False, bool, "go on with the run in --out; default: the newest in runs/"),
+}
+SAMPLE_FLAGS = {
+    "ckpt": (None, str, "checkpoint file; default: the newest runs/*/checkpoint.pt"),
+    "n": (64, COUNT, "number of images"),
+    "solver": ("midpoint", list(SOLVERS), "euler, midpoint and rk4 evaluate the network 1, 2 and 4 "
+               "times a step; dopri5 adapts"),
+    "steps": (20, COUNT, "steps of the solver"),
+    "tolerance": (1e-5, number(float, 1e-12, 1), "of dopri5, relative and absolute"),
+    "seed": (0, WHOLE, "of the noise"),
+    "batch": (None, COUNT, "images at a time; default: by size"),
+}
 def pick_device(name):
     """The torch.device of a --device argument.  Raises ValueError for one that is not here."""
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        name = next(k for k, available in here.items() if available)
+    here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    name = name or next(k for k in here if here[k])
     if not here[name]:
-        raise ValueError(f"--device {name}: there is none here; use --device cpu")
+        raise ValueError(f"there is no {name} device here: use --device cpu")
     return torch.device(name)
 
 
@@ -1002,30 +944,32 @@ def newest_checkpoint():
     return files[-1]
 
 
-def run_train(args):
+def run_train(args, given):
+    """The train command; given: the flags that were named, args: those and the defaults."""
     device = pick_device(args.device)
-    given = {k: v for k, v in vars(args).items() if v is not None
-             and (k in TRAIN_FLAGS or k in ("data", "path", "data_dir", "amp", "flip", "decay"))}
-    data = given.get("data", DEFAULTS["data"])
-    recipe = RECIPES.get(data, RECIPES["folder"])
-    config = DEFAULTS | recipe | dict(data_dir="data", amp=pick_amp(args.amp, device)) | given
-    out = Path(args.out or f"runs/{Path(data).resolve().name}-{config['path']}")
-    if args.resume and not (args.out or "data" in given or "path" in given):
-        out = newest_checkpoint().parent
+    recipe = RECIPES.get(args.data, RECIPES["folder"])
+    given = {k: v for k, v in given.items() if k not in ("out", "device", "compile", "resume",
+                                                         "overwrite")}
+    defaults = {k: v[0] for k, v in TRAIN_FLAGS.items() if k not in ("compile", "resume")}
+    config = defaults | recipe | dict(amp=pick_amp(args.amp, device)) | given
+    out = Path(args.out or f"runs/{Path(args.data).resolve().name}-{args.path}")
     resume = None
     if args.resume:
+        if not (args.out or "data" in given or "path" in given):
+            out = newest_checkpoint().parent
         resume = load_checkpoint(out / "checkpoint.pt")
-        config = resume["config"]
+        free = ("steps", "data_dir", "amp", "log_every", "sample_every", "save_every")
         for k, v in given.items():
-            if k not in FREE_ON_RESUME and config[k] != v:
-                raise ValueError(f"{out} was begun with --{k.replace('_', '-')} {config[k]}, which "
-                                 "cannot change on --resume: drop the flag")
-        config = config | given
+            if k not in free and resume["config"][k] != v:
+                raise ValueError(f"{out} was begun with --{k.replace('_', '-')} "
+                                 f"{resume['config'][k]}, which --resume cannot change")
+        config = resume["config"] | given
     elif (out / "checkpoint.pt").exists() and not args.overwrite:
         raise ValueError(f"{out} already holds a run: go on with --resume, replace it with "
                          "--overwrite, or name another --out")
-    if data not in RECIPES and not Path(data).is_dir():
-        raise ValueError(f"--data {data}: not a folder, and none of {', '.join(RECIPES)}")
+    if config["data"] not in RECIPES and not Path(config["data"]).is_dir():
+        known = ", ".join(list(RECIPES)[:-1])
+        raise ValueError(f"--data {config['data']} is neither a folder nor one of {known}")
     with torch.device("meta"):  # refuses a bad shape before any work
         build_velocity(dict(channels=1, data_rms=1.0) | config)
 
@@ -1039,53 +983,85 @@ def run_train(args):
         signal.signal(number, remember)
     compiled = device.type == "cuda" if args.compile is None else args.compile
     train(config, out, device, compiled, resume, stop=lambda: bool(signals))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
     if signals:
         print(f"stopped; go on with: python flow_matching.py train --resume --out {out}")
         sys.exit(128 + signals[0])
 
 
-def run_sample(args):
-    file = Path(args.ckpt or newest_checkpoint())
+def run_sample(args, given):
+    """The sample command: a grid, or one PNG per image."""
     device = pick_device(args.device)
-    amp = pick_amp(args.amp, device)
+    file = Path(args.ckpt or newest_checkpoint())
     velocity, config, step = load_velocity(file, device)
     out = Path(args.out or file.parent / "samples.png")
     grid = out.suffix.lower() == ".png"
-    occupied = out.exists() and (not out.is_dir() or grid or any(out.iterdir()))
-    if args.out and occupied and not args.overwrite:
-        raise ValueError(f"{out} already exists: replace it with --overwrite")
+    if args.out and not args.overwrite and (out.is_file() or out.is_dir() and any(out.iterdir())):
+        raise ValueError(f"{out} already exists: replace it with --overwrite, or name another")
     print(f"{file}: step {step:,}, EMA weights (decay {config['ema']}), path {config['path']}")
     shape = (config["channels"], config["size"], config["size"])
     batch = args.batch or max(1, min(512, 2**25 // (config["width"] * shape[1] * shape[2])))
-    solver = dict(solver=args.solver, steps=args.steps, tolerance=args.tolerance)
-    clock, nfes, images, jobs = Progress(args.n, "images"), [], [], []
+    progress, amp, nfe_sum, images = Progress(args.n, "images"), pick_amp(args.amp, device), 0, []
     with ThreadPoolExecutor(2) as pool:  # writes PNGs while the next batch is made
         for i in range(0, args.n, batch):
             numbers = range(i, min(i + batch, args.n))
             with autocast(device, amp):
                 x, nfe = sample(velocity, draw_noise(args.seed, numbers, shape).to(device),
-                                PATHS[config["path"]], T_END[config["path"]], **solver)
-            nfes.append(nfe)
-            some = to_uint8(x).cpu()
+                                PATHS[config["path"]], T_END[config["path"]], solver=args.solver,
+                                steps=args.steps, tolerance=args.tolerance)
+            part = to_uint8(x).cpu()
             if grid:
-                images.append(some)
+                images.append(part)
             else:
-                jobs += [pool.submit(save_image, image, out / f"{j:06d}.png")
-                         for j, image in zip(numbers, some)]
-            clock.show(numbers.stop)
-    seconds = time.perf_counter() - clock.start
+                files = [out / f"{j:06d}.png" for j in numbers]
+                written = pool.map(save_image, part, files)
+            nfe_sum += nfe * len(part)
+            print(f"\r{progress.line(numbers.stop)} ", end="", flush=True)
     if grid:
         save_grid(torch.cat(images), out)
-    print(f"{out}: {args.n} images, {args.solver}, NFE {np.mean(nfes):g}, {seconds:.1f} s, "
-          f"{args.n / seconds:,.1f} images/s")
+    else:
+        list(written)  # raises what a writer raised
+    print(f"\n{out}: {args.n:,} images, {args.solver}, NFE {nfe_sum / args.n:g}, amp {amp}, "
+          f"{time.perf_counter() - progress.start:.1f} s")
+
+
+COMMANDS = {
+    "train": (run_train, TRAIN_FLAGS, "Learn to make images from noise.",
+              "flow_matching.py train --path ot\n"
+              "flow_matching.py train --data photos/ --size 64 --out runs/photos"),
+    "sample": (run_sample, SAMPLE_FLAGS, "Make images from the EMA weights of a checkpoint.",
+               "flow_matching.py sample --steps 20\n"
+               "flow_matching.py sample --n 10000 --out images/"),
+}
+
+
+def build_parser():
+    parser = Parser(prog="flow_matching.py", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    for name, (run, flags, text, examples) in COMMANDS.items():
+        if run is run_train:
+            examples += "\n\nrecipes (--data: defaults; folder is for any folder of images):\n"
+            examples += "\n".join(f"  {k}: {v}" for k, v in RECIPES.items())
+        p = commands.add_parser(name, help=text, description=text, epilog="examples:\n" + examples,
+                                formatter_class=argparse.RawDescriptionHelpFormatter)
+        p.set_defaults(run=run, error=p.error, flags=flags | COMMON_FLAGS)
+        for flag, (default, kind, text) in (flags | COMMON_FLAGS).items():
+            if default is not None or "default" not in text:
+                text += f" (default: {'by recipe' if default is None else default})"
+            how = (dict(action=argparse.BooleanOptionalAction) if kind is bool else
+                   dict(choices=kind) if isinstance(kind, list) else
+                   dict(type=kind, metavar=flag.upper()))
+            p.add_argument("--" + flag.replace("_", "-"), help=text, **how)
+    return parser
 
 
 def main(argv=None):
-    args = build_parser().parse_args(argv)
+    args, unknown = build_parser().parse_known_args(argv)
+    if unknown:
+        args.error(f"unrecognized arguments: {' '.join(unknown)}")
+    given = {k: v for k, v in vars(args).items() if k in args.flags and v is not None}
+    defaults = {k: v[0] for k, v in args.flags.items()}
     try:
-        args.run(args)
+        args.run(argparse.Namespace(**defaults | given), given)
     except torch.OutOfMemoryError:
         args.error("out of memory: lower --batch")
     except (ValueError, OSError, ArithmeticError, RuntimeError) as error:

@@ -1,0 +1,904 @@
+"""What flow_matching.py claims, each claim tested from another side than the code computes it."""
+
+import ast
+import json
+import math
+import os
+import pickle
+import re
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import flow_matching as fm
+
+SCRIPT = Path(fm.__file__)
+ALL_PATHS = pytest.mark.parametrize("name", list(fm.PATHS))
+torch.set_num_threads(2)
+
+
+def double(*shape, seed=0):
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+# ------------------------------------------------------------------------------------------------
+# §1  Probability paths
+# ------------------------------------------------------------------------------------------------
+
+
+def log_density(path, x, t, means, tau):
+    """log p_t(x), Eq. 6, straight from its definition as a mixture: (B,)."""
+    alpha, sigma = path(t)[:2]
+    std = ((alpha * tau) ** 2 + sigma**2).sqrt()[:, None, None]
+    each = torch.distributions.Normal(alpha[:, None, None] * means, std).log_prob(x[:, None])
+    return each.sum(-1).logsumexp(1) - math.log(len(means))
+
+
+@ALL_PATHS
+@pytest.mark.parametrize("tau", [0.0, 0.3])
+def test_theorem_1_the_marginal_field_satisfies_the_continuity_equation(name, tau):
+    """d/dt log p + u . grad log p + div u = 0, by automatic differentiation in float64."""
+    path, means = fm.PATHS[name], double(5, 2, seed=1)
+    t = torch.linspace(0.02, 0.97, 200, dtype=torch.float64).requires_grad_()
+    alpha, sigma = path(t.detach())[:2]
+    x = (alpha[:, None] * means[torch.arange(200) % 5] + sigma[:, None] * double(200, 2))
+    x.requires_grad_()
+    u = fm.marginal_velocity(path, x, t, means, tau)
+    p_t, p_x = torch.autograd.grad(log_density(path, x, t, means, tau).sum(), (t, x))
+    div = sum(torch.autograd.grad(u[:, i].sum(), x, retain_graph=True)[0][:, i] for i in (0, 1))
+    terms = torch.stack([p_t, (u * p_x).sum(1), div])
+    # The terms cancel: what is left is rounding of the largest of them.
+    assert (terms.sum(0).abs() <= 1e-9 * terms.abs().amax(0)).all()
+
+
+def test_theorem_2_gradients_are_equal_while_the_losses_differ():
+    """Both expectations by quadrature: Gauss-Hermite for CFM's x_0, a fine grid for FM's x."""
+    inner, outer = nn.Linear(2, 16).double(), nn.Linear(16, 1).double()
+    v = lambda x, t: outer(inner(torch.cat([x, t[:, None]], 1)).sin())  # entire: fast quadrature
+    parameters = [*inner.parameters(), *outer.parameters()]
+    means, tau = torch.tensor([[-1.0], [0.5], [2.0]], dtype=torch.float64), 0.0
+    times = torch.tensor([0.1, 0.4, 0.7], dtype=torch.float64)
+    nodes, weights = map(torch.from_numpy, np.polynomial.hermite_e.hermegauss(80))
+    grid = torch.linspace(-16, 16, 40_001, dtype=torch.float64)
+    for path in fm.PATHS.values():
+        if path is fm.ve_path:  # σ from 50: a grid and a scale that resolve it
+            path = lambda t: fm.ve_path(t, 0.1, 2.0)
+        k, i, j = torch.meshgrid(*map(torch.arange, (3, 3, 80)), indexing="ij")
+        k, i, j = k.flatten(), i.flatten(), j.flatten()
+        weight = weights[j] / weights.sum() * 80
+        cfm = fm.cfm_loss(v, path, means[k], nodes[j, None], times[i], weight)
+        x, t = grid.repeat(3)[:, None], times.repeat_interleave(len(grid))
+        density = log_density(path, x, t, means, tau).exp()
+        error = (v(x, t) - fm.marginal_velocity(path, x, t, means, tau)).square()[:, 0]
+        loss = (density * error).sum() * (grid[1] - grid[0]) / 3
+        g_cfm, g_fm = (torch.autograd.grad(l, parameters) for l in (cfm, loss))
+        for a, b in zip(g_cfm, g_fm):
+            assert (a - b).norm() < 1e-6 * b.norm()  # both quadratures converge beyond this
+        assert cfm > 1.01 * loss
+
+
+@ALL_PATHS
+def test_theorem_3_is_the_time_derivative_of_psi(name):
+    path, h = fm.PATHS[name], 1e-6
+    t = torch.linspace(0.01, 0.99, 99, dtype=torch.float64)
+    x_0, x_1 = double(99, 3), double(99, 3, seed=1)
+    psi = lambda t: sum(c * x for c, x in zip(fm.coefficients(path, t, x_1), (x_1, x_0)))
+    difference = (psi(t + h) - psi(t - h)) / (2 * h)
+    u = fm.conditional_velocity(path, psi(t), x_1, t)
+    torch.testing.assert_close(u, difference, rtol=1e-6, atol=1e-6)  # central difference: h²
+
+
+def test_equations_17_19_and_21_are_theorem_3():
+    t = torch.linspace(0, 0.999, 100, dtype=torch.float64)[:, None]
+    x, x_1 = double(100, 3), double(100, 3, seed=1)
+    sigma = lambda s: 0.01 * 5000**s
+    eq17 = -(math.log(5000) * sigma(1 - t)) / sigma(1 - t) * (x - x_1)
+    T = lambda s: 0.1 * s + 0.5 * 19.9 * s**2
+    eq19 = -(0.1 + 19.9 * (1 - t)) / 2 * (
+        (torch.exp(-T(1 - t)) * x - torch.exp(-T(1 - t) / 2) * x_1) / (1 - torch.exp(-T(1 - t))))
+    eq21 = (x_1 - (1 - 1e-4) * x) / (1 - (1 - 1e-4) * t)
+    for path, expected in ((fm.ve_path, eq17), (fm.vp_path, eq19), (fm.ot_path, eq21)):
+        u = fm.conditional_velocity(path, x, x_1, t[:, 0])
+        torch.testing.assert_close(u, expected, rtol=1e-9, atol=1e-9)
+
+
+@ALL_PATHS
+def test_each_path_runs_from_its_prior_to_the_data(name):
+    path = fm.PATHS[name]
+    alpha, sigma = torch.stack(path(torch.tensor([0.0, fm.T_END[name]]).double())[:2]).numpy()
+    start = {"ot": (0, 1), "vp": (math.exp(-10.05 / 2), math.sqrt(1 - math.exp(-10.05))),
+             "ve": (1, 50)}[name]
+    end = {"ot": (1, 1e-4), "vp": (1, 0.0010012), "ve": (1, 0.01)}[name]
+    np.testing.assert_allclose((alpha[0], sigma[0]), start, rtol=1e-9)
+    np.testing.assert_allclose((alpha[1], sigma[1]), end, rtol=1e-4)
+    noise = torch.randn(4, 1, 2, 2)
+    x, _ = fm.sample(lambda x, t: 0 * x, noise, path, steps=1)
+    torch.testing.assert_close(x, start[1] * noise)  # the prior that sampling starts from
+
+
+def test_ot_conditional_lines_are_straight_at_constant_speed_and_vp_are_not():
+    t = torch.linspace(0, 0.99, 100, dtype=torch.float64)
+    x_0, x_1 = double(2), double(2, seed=1)
+
+    def speed_change_and_bow(path):
+        alpha, sigma, d_alpha, d_sigma = (c[:, None] for c in path(t))
+        x, u = alpha * x_1 + sigma * x_0, d_alpha * x_1 + d_sigma * x_0
+        chord = (x[-1] - x[0]) / (x[-1] - x[0]).norm()
+        away = (x - x[0]) - ((x - x[0]) @ chord)[:, None] * chord
+        return (u - u[0]).norm(dim=1).max(), away.norm(dim=1).max()
+
+    assert max(speed_change_and_bow(fm.ot_path)) < 1e-12
+    assert min(speed_change_and_bow(fm.vp_path)) > 0.1
+
+
+@ALL_PATHS
+def test_float32_is_safe_at_both_ends_of_time(name):
+    """rand() draws multiples of 2^-24 in [0, 1): the worst are 0 and 1 - 2^-24."""
+    t = torch.tensor([0.0, 2**-24, 1e-5, 0.5, 1 - 1e-5, 1 - 2**-24])
+    t = torch.cat([t, t * fm.T_END[name]])
+    for mine, exact in zip(fm.PATHS[name](t), fm.PATHS[name](t.double())):
+        torch.testing.assert_close(mine.double(), exact, rtol=2e-5, atol=1e-7)
+    velocity = fm.Velocity(lambda x, t, y: x, fm.PATHS[name], 0.5)
+    assert velocity.weight(t).isfinite().all()
+    assert velocity(torch.ones(12, 1, 1, 1), t).isfinite().all()
+
+
+# ------------------------------------------------------------------------------------------------
+# §2  Loss
+# ------------------------------------------------------------------------------------------------
+
+
+def test_ot_loss_is_eq_23():
+    x_0, x_1, t = double(8, 1, 4, 4), double(8, 1, 4, 4, seed=1), torch.rand(8).double()
+    v = lambda x, t: x.sin() + t[:, None, None, None]
+    s = t[:, None, None, None]
+    psi = (1 - (1 - 1e-4) * s) * x_0 + s * x_1
+    expected = ((v(psi, t) - (x_1 - (1 - 1e-4) * x_0)) ** 2).mean()
+    torch.testing.assert_close(fm.cfm_loss(v, fm.ot_path, x_1, x_0, t), expected)
+    config = fm.RECIPES["digits"] | dict(path="ot", channels=1, data_rms=0.5)
+    velocity = fm.build_velocity(config)
+    assert velocity.weight(t) is None  # training by --path ot is unweighted
+    nn.init.normal_(velocity.net.out.weight)
+    x = torch.randn(2, 1, 16, 16)
+    assert torch.equal(velocity(x, t[:2].float()), velocity.net(x, t[:2].float()))
+
+
+def test_times_are_drawn_in_float32_uniformly_below_t_end():
+    seen = []
+    v = lambda x, t: seen.append(t) or x
+    fm.cfm_loss(v, fm.ot_path, torch.zeros(20_000, 1, dtype=torch.bfloat16), t_end=0.5)
+    assert seen[0].dtype == torch.float32 and seen[0].max() < 0.5
+    assert abs(seen[0].mean() - 0.25) < 5 * 0.5 / math.sqrt(12 * 20_000)  # five standard errors
+
+
+@ALL_PATHS
+def test_preconditioning_is_the_best_linear_predictor(name):
+    """c_skip = E[u x]/E[x²], c_out² = the variance left, c_in² = 1/E[x²], from 1e6 draws."""
+    path, s = fm.PATHS[name], 0.7
+    velocity = fm.Velocity(None, path, s)
+    x_1, x_0 = s * double(10**6), double(10**6, seed=1)
+    for t in (0.05, 0.5, 0.95):
+        alpha, sigma, d_alpha, d_sigma = path(torch.tensor(t).double())
+        x, u = alpha * x_1 + sigma * x_0, d_alpha * x_1 + d_sigma * x_0
+        slope = (u * x).mean() / (x * x).mean()
+        expected = [(x * x).mean() ** -0.5, slope, (u - slope * x).square().mean() ** 0.5]
+        scales = velocity.scales(x[:1], torch.tensor([t]).double())
+        torch.testing.assert_close(torch.cat(scales), torch.stack(expected), rtol=5e-3, atol=5e-3)
+
+
+def test_a_network_trained_by_cfm_converges_to_the_exact_marginal_field():
+    torch.manual_seed(0)
+    means = torch.tensor([[1.0, 0.0], [-1.0, 1.0], [0.0, -1.0]])
+    net = nn.Sequential(nn.Linear(3, 64), nn.SiLU(), nn.Linear(64, 64), nn.SiLU(), nn.Linear(64, 2))
+    v = lambda x, t: net(torch.cat([x, t[:, None]], 1))
+    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
+    t = 0.9 * torch.rand(2000)
+    alpha, sigma = (c[:, None] for c in fm.ot_path(t)[:2])
+    x = alpha * (means[torch.arange(2000) % 3] + 0.2 * torch.randn(2000, 2))
+    x = x + sigma * torch.randn(2000, 2)
+    u = fm.marginal_velocity(fm.ot_path, x, t, means, 0.2)
+    errors = []
+    for step in range(2001):
+        if step in (0, 200, 2000):
+            errors.append(((v(x, t) - u).square().mean() / u.square().mean()).item())
+        for group in optimizer.param_groups:
+            group["lr"] = 3e-3 * (1 - step / 2001)
+        x_1 = means[torch.randint(3, (512,))] + 0.2 * torch.randn(512, 2)
+        optimizer.zero_grad()
+        fm.cfm_loss(v, fm.ot_path, x_1, t_end=0.95).backward()
+        optimizer.step()
+    # What is left is the small network's own error; a wrong target leaves more than 30%.
+    assert errors[0] > 0.5 and errors[2] < errors[1] / 2 and errors[2] < 0.05, errors
+
+
+# ------------------------------------------------------------------------------------------------
+# §3  ODE solvers, on dx/dt = x cos t, x = x_0 exp(sin t)
+# ------------------------------------------------------------------------------------------------
+
+SWING = lambda x, t: x * t.cos()[:, None]
+X_0 = double(3, 2)
+
+
+def swing_error(t_0=0.0, t_1=2.0, **solver):
+    x, nfe = fm.odeint(SWING, X_0 * math.exp(math.sin(t_0)), t_0, t_1, **solver)
+    return (x - X_0 * math.exp(math.sin(t_1))).abs().max().item(), nfe
+
+
+@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("solver, order", [("euler", 1), ("midpoint", 2), ("rk4", 4)])
+def test_solver_order_by_slope(solver, order, backward):
+    steps = np.array([32, 64, 128, 256])
+    ends = dict(t_0=2.0, t_1=0.0) if backward else {}
+    errors = [swing_error(solver=solver, steps=int(n), **ends)[0] for n in steps]
+    slope = -np.polyfit(np.log(steps), np.log(errors), 1)[0]
+    assert abs(slope - order) < 0.1
+
+
+def test_adaptive_error_follows_its_tolerance():
+    tolerances = np.array([1e-3, 1e-5, 1e-7, 1e-9])
+    errors, nfes = zip(*[swing_error(solver="dopri5", tolerance=t) for t in tolerances])
+    slope = np.polyfit(np.log(tolerances), np.log(errors), 1)[0]
+    assert 0.7 < slope < 1.3 and (errors < 30 * tolerances).all()
+    assert list(nfes) == sorted(nfes) and nfes[0] < nfes[-1]
+
+
+def test_nfe_is_the_number_of_calls():
+    calls = []
+    v = lambda x, t: calls.append(t) or SWING(x, t)
+    for solver, stages in (("euler", 1), ("midpoint", 2), ("rk4", 4), ("dopri5", None)):
+        calls.clear()
+        _, nfe = fm.odeint(v, X_0, solver=solver, steps=7)
+        assert nfe == len(calls) == (7 * stages if stages else nfe) > 6
+        assert all(t.shape == (3,) and 0 <= t.min() and t.max() <= 1 for t in calls)
+
+
+@ALL_PATHS
+def test_forward_then_backward_returns_to_the_noise(name):
+    path, means = fm.PATHS[name], 2 * double(4, 2, seed=3)
+    v = lambda x, t: fm.marginal_velocity(path, x, t, means, 0.3)
+    x_0 = fm.PATHS[name](torch.zeros(1).double())[1] * double(16, 2)
+    x_1, _ = fm.odeint(v, x_0, 0, fm.T_END[name], "dopri5", tolerance=1e-8)
+    back, _ = fm.odeint(v, x_1, fm.T_END[name], 0, "dopri5", tolerance=1e-8)
+    assert (back - x_0).abs().max() < 1e-4 * x_0.abs().max()
+    assert (x_1 - x_0).abs().max() > 0.1
+
+
+def test_a_solve_that_fails_says_so():
+    with pytest.raises(FloatingPointError, match="not finite"):
+        fm.odeint(lambda x, t: x / 0, X_0, solver="dopri5")
+    with pytest.raises(FloatingPointError, match="not finite"):
+        fm.odeint(lambda x, t: x * math.nan, X_0, solver="euler")
+    with pytest.raises(RuntimeError, match="dopri5 failed"):  # x' = x² leaves for ever at t = 1
+        fm.odeint(lambda x, t: x**2, torch.ones(1, 1).double(), 0, 2, "dopri5")
+    with pytest.raises(ValueError, match="steps"):
+        fm.odeint(SWING, X_0, steps=0)
+
+
+# ------------------------------------------------------------------------------------------------
+# §4  Sampling
+# ------------------------------------------------------------------------------------------------
+
+
+@ALL_PATHS
+def test_the_exact_field_moves_each_prior_onto_the_data(name):
+    """Mean, covariance and share of particles within 3 tau, of two Gaussians."""
+    path, tau = fm.PATHS[name], 0.1
+    means = torch.tensor([[-2.0, 0.0], [2.0, 1.0]])
+    v = lambda x, t: fm.marginal_velocity(path, x, t, means, tau)
+    noise = torch.randn(4000, 2, generator=torch.Generator().manual_seed(0))
+    x, _ = fm.sample(v, noise, path, fm.T_END[name], solver="rk4", steps=200)
+    distance, nearest = torch.cdist(x, means).min(1)
+    assert (distance < 3 * tau).float().mean() > 0.98  # 98.9% of a 2-D Gaussian lie within 3 tau
+    assert abs(nearest.float().mean() - 0.5) < 0.04  # 5 standard errors
+    spread = (x - means[nearest]).std(0)
+    assert (spread - tau).abs().max() < 0.01, spread
+
+
+def test_noise_depends_on_seed_and_index_alone():
+    a = fm.draw_noise(3, range(10), (1, 4, 4))
+    assert torch.equal(a[4:7], fm.draw_noise(3, range(4, 7), (1, 4, 4)))
+    assert not torch.equal(a, fm.draw_noise(4, range(10), (1, 4, 4)))
+    many = fm.draw_noise(0, range(2000), (10,))
+    assert abs(many.mean()) < 0.04 and abs(many.std() - 1) < 0.03
+    assert (torch.corrcoef(many.T) - torch.eye(10)).abs().max() < 0.12
+
+
+# ------------------------------------------------------------------------------------------------
+# §5  Network
+# ------------------------------------------------------------------------------------------------
+
+
+def test_the_cifar10_net_has_the_usual_parameter_count():
+    r = fm.RECIPES["cifar10"]
+    with torch.device("meta"):
+        net = fm.UNet(3, r["size"], r["width"], r["mults"], r["blocks"], r["attention"])
+    assert abs(sum(p.numel() for p in net.parameters()) / 1e6 - 35.7) < 0.3
+
+
+def active(net):
+    """The net with its zero-initialised layers made random, so that every part matters."""
+    for p in net.parameters():
+        if p.abs().max() == 0:
+            nn.init.normal_(p, std=0.1)
+    return net.eval()
+
+
+@pytest.mark.parametrize("options, size", [
+    (dict(width=8, mults=(1, 2), blocks=1, attention=()), (8, 12)),
+    (dict(width=12, mults=(1, 3, 2), blocks=2, attention=(4,), size=16, classes=3), (16, 8)),
+    (dict(width=200, mults=(1,), blocks=1, attention=(5,), size=5, dropout=0.5), (5, 5)),
+    (dict(width=8, mults=(1, 2), blocks=1, attention=(4,), size=16, patch=2), (16, 16)),
+])
+def test_unet_shapes_zero_start_and_use_of_its_inputs(options, size):
+    torch.manual_seed(0)
+    net = fm.UNet(channels=2, **{"size": 8} | options).eval()
+    x, t = torch.randn(3, 2, *size), torch.rand(3)
+    assert net(x, t).shape == x.shape and (net(x, t) == 0).all()
+    active(net)
+    out = net(x, t)
+    each = torch.cat([net(x[i : i + 1], t[i : i + 1]) for i in range(3)])
+    torch.testing.assert_close(out, each, rtol=1e-3, atol=1e-3)  # samples do not mix
+    assert (net(x, t + 0.01) - out).abs().max() > 1e-3  # a hundredth of the time is felt
+    if options.get("classes"):
+        y = torch.tensor([0, 1, 2])
+        assert (net(x, t, y) - out).flatten(1).abs().amax(1).min() > 1e-3
+        assert torch.equal(net(x, t, torch.full((3,), 3)), out)  # "no label"
+    if options.get("dropout"):
+        net.train()
+        assert not torch.equal(net(x, t), net(x, t))
+    out.sum().backward()
+    used = [n for n, p in net.named_parameters() if p.grad is not None]
+    assert len(used) == len(list(net.parameters()))
+
+
+def test_unet_refuses_what_it_cannot_halve():
+    with pytest.raises(ValueError, match="multiples of 4"):
+        fm.UNet(1, 18, 8, (1, 1, 1), 1, ())
+    with pytest.raises(ValueError, match="10 x 8.*multiples of 4"):
+        fm.UNet(1, 8, 8, (1, 1, 1), 1, ())(torch.randn(1, 1, 10, 8), torch.rand(1))
+
+
+def test_attention_equals_softmax_by_hand():
+    torch.manual_seed(0)
+    layer = active(fm.Attention(128))
+    h = torch.randn(2, 128, 3, 4)
+    q, k, v = layer.qkv(layer.norm(h)).flatten(2).reshape(2, 3, 2, 64, 12).unbind(1)
+    weights = (torch.einsum("bhci,bhcj->bhij", q, k) / 8).softmax(-1)  # 8 = sqrt(64)
+    a = torch.einsum("bhij,bhcj->bhci", weights, v).reshape(2, 128, 3, 4)
+    torch.testing.assert_close(layer(h), h + layer.out(a), rtol=1e-4, atol=1e-5)
+
+
+def test_most_time_frequencies_move_over_the_unit_interval():
+    phase = torch.stack([fm.time_embedding(torch.tensor([t]), 128)[0] for t in (0.0, 0.01)])
+    assert ((phase[0] - phase[1]).abs() > 1e-3).float().mean() > 0.6  # 27% without the scale
+    assert torch.equal(phase[0], torch.cat([torch.ones(64), torch.zeros(64)]))
+
+
+# ------------------------------------------------------------------------------------------------
+# §1-§5: every definition runs when it is pasted alone
+# ------------------------------------------------------------------------------------------------
+
+T, X = "torch.rand(2)", "torch.randn(2, 1, 8, 8)"
+UNET = "UNet(1, 8, 8, (1, 2), 1, (4,))"
+PASTED = {
+    "ot_path": f"ot_path({T})", "vp_path": f"vp_path({T})", "ve_path": f"ve_path({T})",
+    "coefficients": f"coefficients(lambda t: (t, t, t, t), {T}, {X})",
+    "conditional_velocity": f"conditional_velocity(lambda t: (t, t, t, t), {X}, {X}, {T})",
+    "marginal_velocity": "marginal_velocity(lambda t: (t, t, t, t), torch.randn(2, 3), "
+                         f"{T}, torch.randn(4, 3))",
+    "cfm_loss": f"cfm_loss(lambda x, t: x, lambda t: (t, 1 - t, t, t), {X})",
+    "Velocity": f"Velocity(lambda x, t, y: x, lambda t: (t, 1 - t, t, t))({X}, {T})",
+    "euler": "euler(lambda x, t: x, torch.ones(1), 0.0, 0.1)",
+    "midpoint": "midpoint(lambda x, t: x, torch.ones(1), 0.0, 0.1)",
+    "rk4": "rk4(lambda x, t: x, torch.ones(1), 0.0, 0.1)",
+    "odeint": f"[odeint(lambda x, t: x, {X}, solver=s) for s in SOLVERS]",
+    "sample": f"sample(lambda x, t: x, {X})",
+    "draw_noise": "draw_noise(0, range(3), (1, 2, 2))", "seed_from": "seed_from(1, 2)",
+    "time_embedding": f"time_embedding({T}, 8)", "group_norm": f"group_norm(8)({X}.expand(2, 8, 8, 8))",
+    "zero_": "zero_(nn.Linear(2, 2))", "Attention": "Attention(8)(torch.randn(2, 8, 4, 4))",
+    "ResBlock": "ResBlock(8, 12, 4, 0.1, True)(torch.randn(2, 8, 4, 4), torch.randn(2, 4))",
+    "Downsample": "Downsample(8, 8, 3, stride=2, padding=1)(torch.randn(2, 8, 4, 4), None)",
+    "Upsample": "Upsample(8, 8, 3, padding=1)(torch.randn(2, 8, 4, 4), None)",
+    "UNet": f"{UNET}({X}, {T})",
+}
+
+
+def test_every_definition_of_the_paper_and_the_network_runs_when_pasted_alone():
+    source = SCRIPT.read_text()
+    body = ast.parse(source).body
+    first, last = (source[: source.index(mark)].count("\n") for mark in ("# §1 ", "# §6 "))
+    imports = [n for n in body if isinstance(n, (ast.Import, ast.ImportFrom))]
+    imports = [n for n in imports if re.search("math|functools|torch|numpy|scipy", ast.unparse(n))]
+    named = {n.name if hasattr(n, "name") else ast.unparse(n.targets[0]): n for n in body
+             if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.Assign))}
+    definitions = [k for k, n in named.items() if first < n.lineno < last
+                   and not isinstance(n, ast.Assign)]
+    assert set(definitions) == set(PASTED)
+
+    def paste(name, done):
+        node = named[name]
+        doc = "" if isinstance(node, ast.Assign) else ast.get_docstring(node) or ""
+        needs = re.search(r"Needs: ([\w, \n]+)\.", doc)
+        for need in re.split(r",\s+", needs[1]) if needs else []:
+            if not isinstance(named[need], ast.Assign):
+                paste(need, done)
+        done[name] = ast.get_source_segment(source, node)
+        for need in re.split(r",\s+", needs[1]) if needs else []:
+            if isinstance(named[need], ast.Assign) and need not in done:  # a table of the others
+                done[need] = ast.get_source_segment(source, named[need])
+
+    for name, call in PASTED.items():
+        done = {}
+        paste(name, done)
+        exec("\n\n".join([ast.unparse(n) for n in imports] + list(done.values()) + [call]), {})
+
+
+# ------------------------------------------------------------------------------------------------
+# §6  Data
+# ------------------------------------------------------------------------------------------------
+
+
+def test_all_256_levels_survive_the_round_trip():
+    levels = torch.arange(256, dtype=torch.uint8)
+    assert torch.equal(fm.to_uint8(fm.to_float(levels)), levels)
+    assert fm.to_float(levels).aminmax() == (-1, 1)
+    assert fm.to_uint8(torch.tensor([-1.5, 1.5])).tolist() == [0, 255]
+
+
+def test_drawn_digits_can_be_told_apart():
+    """A nearest-centroid classifier reads them; two calls draw the same."""
+    images, labels, names = fm.draw_digits(1500, 16)
+    again = fm.draw_digits(1500, 16)
+    assert torch.equal(images, again[0]) and torch.equal(labels, again[1])
+    assert images.shape == (1500, 1, 16, 16) and images.dtype == torch.uint8
+    x = images.flatten(1).float()
+    centroids = torch.stack([x[:1000][labels[:1000] == k].mean(0) for k in range(10)])
+    accuracy = (torch.cdist(x[1000:], centroids).argmin(1) == labels[1000:]).float().mean()
+    assert 0.7 < accuracy < 1  # readable, and not ten fixed pictures
+    assert len(torch.unique(images, dim=0)) > 1490
+
+
+def write_folder(root, n=24, size=8, classes=2, seed=0):
+    """n random grey PNGs in class subfolders."""
+    rng = np.random.default_rng(seed)
+    for i in range(n):
+        file = root / f"class{i % classes}" / f"{i:03d}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        smooth = np.add.outer(rng.integers(0, 128, size), rng.integers(0, 128, size))
+        Image.fromarray(smooth.astype(np.uint8)).save(file)
+    return root
+
+
+def test_a_folder_of_any_sizes_and_modes_becomes_one_array(tmp_path):
+    root, cache = tmp_path / "photos", tmp_path / "cache"
+    (root / "b").mkdir(parents=True)
+    (root / "a" / "deep").mkdir(parents=True)
+    ramp = np.arange(16, dtype=np.uint8)[None, :].repeat(8, 0) * 16  # 8 high, 16 wide
+    Image.fromarray(ramp).convert("RGB").save(root / "a" / "0.png")
+    Image.fromarray(ramp.astype(np.uint16) * 257).save(root / "a" / "1.png")  # 16 bits
+    Image.fromarray(ramp).convert("P").save(root / "a" / "deep" / "2.gif")
+    Image.fromarray(ramp).convert("RGB").convert("CMYK").save(root / "b" / "3.tiff")
+    alpha = np.stack([ramp, ramp, ramp, 0 * ramp], 2)
+    Image.fromarray(alpha).save(root / "b" / "4.png")  # transparent: white
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored a quarter turn to the left
+    Image.fromarray(np.rot90(ramp)).convert("RGB").save(root / "b" / "5.png", exif=exif)
+    (root / "b" / "notes.txt").write_text("not an image")
+    images, labels, names = fm.load_folder(root, cache, 8)
+    assert images.shape == (6, 3, 8, 8) and images.dtype == torch.uint8
+    assert names == ["a", "b"] and labels.tolist() == [0, 0, 0, 1, 1, 1]
+    centre = torch.from_numpy(ramp[:, 4:12]).int()
+    for i in (0, 1, 2, 3, 5):
+        assert (images[i].int() - centre).abs().max() <= 1, i
+    assert (images[4] == 255).all()
+
+    before = {f: f.stat().st_mtime_ns for f in cache.iterdir()}
+    again = fm.load_folder(root, cache, 8)[0]
+    assert {f: f.stat().st_mtime_ns for f in cache.iterdir()} == before and len(before) == 1
+    assert torch.equal(again, images)
+    Image.fromarray(255 - ramp).convert("RGB").save(root / "a" / "0.png")
+    os.utime(root / "a" / "0.png", (1, 1))
+    assert not torch.equal(fm.load_folder(root, cache, 8)[0], images)  # a changed file is seen
+
+
+def test_a_grey_flat_folder_has_one_channel_and_no_labels(tmp_path):
+    for i in range(3):
+        Image.new("L", (5, 9), 40 * i).save(tmp_path / f"{i}.png")
+    images, labels, names = fm.load_folder(tmp_path, tmp_path / "cache", 4)
+    assert images.shape == (3, 1, 4, 4) and names == [] and labels.tolist() == [0, 0, 0]
+    assert images[:, 0, 0, 0].tolist() == [0, 40, 80]
+
+
+def write_mnist(root, kind):
+    rng = np.random.default_rng(0)
+    images, labels = rng.integers(0, 256, (5, 28, 28), np.uint8), np.arange(5, dtype=np.uint8)
+    raw = root / kind / "raw"
+    raw.mkdir(parents=True)
+    for prefix in ("train", "t10k"):
+        (raw / f"{prefix}-images-idx3-ubyte").write_bytes(
+            struct.pack(">IIII", 0x803, 5, 28, 28) + images.tobytes())
+        (raw / f"{prefix}-labels-idx1-ubyte").write_bytes(
+            struct.pack(">II", 0x801, 5) + labels.tobytes())
+    return images, labels
+
+
+def test_torchvision_sets_load_from_files_in_their_own_format(tmp_path, monkeypatch):
+    for name, kind in (("mnist", "MNIST"), ("fashion-mnist", "FashionMNIST")):
+        images, labels = write_mnist(tmp_path, kind)
+        mine, y, names = fm.load_data(name, str(tmp_path), 28)
+        assert np.array_equal(mine[:, 0], images) and y.tolist() == labels.tolist()
+        assert len(names) == 10 and fm.load_data(name, str(tmp_path), 32)[0].shape[2:] == (32, 32)
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    rows = np.random.default_rng(0).integers(0, 256, (2, 3072), np.uint8)
+    for batch in ("data_batch_1", "data_batch_2", "data_batch_3", "data_batch_4", "data_batch_5"):
+        (folder / batch).write_bytes(pickle.dumps({"data": rows, "labels": [3, 7]}))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+    import torchvision
+    monkeypatch.setattr(torchvision.datasets.CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *args: True)
+    mine, y, names = fm.load_data("cifar10", str(tmp_path), 32)
+    assert mine.shape == (10, 3, 32, 32) and y.tolist() == [3, 7] * 5 and names[3] == "d"
+    assert np.array_equal(mine[:2].flatten(1), rows)
+
+
+# ------------------------------------------------------------------------------------------------
+# §7  Training
+# ------------------------------------------------------------------------------------------------
+
+TINY = ("--size 8 --width 8 --mults 1,2 --blocks 1 --attention 4 --dropout 0.2 --batch 8 --lr 0.01 "
+        "--warmup 3 --ema 0.9 --flip --steps 24 --log-every 3 --save-every 6 --sample-every 12 "
+        "--device cpu").split()
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder of images, the flags of a tiny run on it, and the run finished without a break."""
+    root = tmp_path_factory.mktemp("tiny")
+    flags = ["train", "--data", str(write_folder(root / "set")), "--data-dir", str(root / "cache")]
+    fm.main(flags + TINY + ["--out", str(root / "whole")])
+    return root, flags + TINY
+
+
+def load(run):
+    return torch.load(run / "checkpoint.pt", weights_only=True)
+
+
+def log(run):
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+def same(a, b):
+    return all(torch.equal(a[part][k], b[part][k]) for part in ("model", "ema") for k in a[part])
+
+
+def start(arguments, ranks=1):
+    python = [sys.executable]
+    if ranks > 1:
+        python += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1" if ranks > 1 else "2"}
+    return subprocess.Popen(python + [str(SCRIPT)] + arguments, stdout=subprocess.PIPE, text=True,
+                            stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+
+
+def kill_after(process, file, step):
+    """SIGKILL the process and its ranks once its log has reached a step."""
+    for _ in range(1200):
+        if file.exists() and f'"step": {step}' in file.read_text():
+            break
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_killed_run_resumes_to_bit_identical_weights(tiny, tmp_path, ranks):
+    root, flags = tiny
+    flags = flags + ["--steps", "60"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = start(flags + ["--out", str(whole)], ranks)
+    assert process.wait() == 0, process.stdout.read()
+    kill_after(start(flags + ["--out", str(killed)], ranks), killed / "log.jsonl", 9)
+    assert load(killed)["step"] < 60
+    process = start(flags + ["--out", str(killed), "--resume"], ranks)
+    assert process.wait() == 0, process.stdout.read()
+    assert same(load(whole), load(killed))
+    losses = [[(line["step"], line["loss"]) for line in log(run)] for run in (whole, killed)]
+    assert losses[0] == losses[1] and len(losses[0]) == 20
+    assert sorted(f.name for f in whole.iterdir()) == sorted(f.name for f in killed.iterdir())
+
+
+def test_two_ranks_follow_one_ranks_losses_to_rounding(tiny, tmp_path):
+    root, flags = tiny
+    flags = flags + ["--dropout", "0"]  # its masks differ between ranks
+    fm.main(flags + ["--out", str(tmp_path / "one")])
+    process = start(flags + ["--out", str(tmp_path / "two")], ranks=2)
+    assert process.wait() == 0, process.stdout.read()
+    one, two = log(tmp_path / "one"), log(tmp_path / "two")
+    assert len(one) == len(two) == 8
+    # float32 sums in another order differ by 1e-7; 24 steps at a high rate amplify that.
+    np.testing.assert_allclose([a["loss"] for a in one], [b["loss"] for b in two], rtol=1e-4)
+
+
+def test_training_lowers_the_loss_and_leaves_pictures(tiny):
+    root, _ = tiny
+    run = root / "whole"
+    losses = [line["loss"] for line in log(run)]
+    assert np.mean(losses[-3:]) < 0.9 * losses[0]
+    assert sorted(f.name for f in run.iterdir()) == [
+        "checkpoint.pt", "log.jsonl", "step-000012.png", "step-000024.png"]
+    with Image.open(run / "step-000024.png") as picture:
+        assert picture.width == picture.height >= 512
+
+
+def test_one_step_is_the_gradient_step_of_eq_14(tiny, tmp_path):
+    """One step of train() against one written out by hand with a plain AdamW."""
+    root, flags = tiny
+    fm.main(flags + ["--steps", "1", "--clip", "0.5", "--dropout", "0", "--out", str(tmp_path)])
+    checkpoint = load(tmp_path)
+    config = checkpoint["config"]
+    images, labels, _ = fm.load_data(config["data"], config["data_dir"], 8)
+    torch.manual_seed(config["seed"])
+    velocity = fm.build_velocity(config)
+    first = {k: p.clone() for k, p in velocity.named_parameters()}
+    x_1, _, x_0, t = fm.draw_batch(images, labels, config, 1, torch.device("cpu"))
+    t_ = t[:, None, None, None]
+    error = velocity((1 - (1 - 1e-4) * t_) * x_0 + t_ * x_1, t) - (x_1 - (1 - 1e-4) * x_0)
+    (error**2).mean().backward()
+    torch.nn.utils.clip_grad_norm_(velocity.parameters(), 0.5)
+    torch.optim.AdamW(velocity.parameters(), lr=0.01 / 3, weight_decay=0).step()  # warm-up: 1/3
+    for k, p in velocity.named_parameters():
+        torch.testing.assert_close(checkpoint["model"][k], p.detach(), rtol=1e-4, atol=1e-6)
+        d = 2 / 11  # (1 + n)/(10 + n) at n = 1
+        expected = d * first[k] + (1 - d) * checkpoint["model"][k]
+        torch.testing.assert_close(checkpoint["ema"][k], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_learning_rate_warms_up_and_falls_to_zero():
+    config = dict(lr=2.0, warmup=10, steps=100, decay="linear")
+    rates = [fm.learning_rate(config, step) for step in range(1, 101)]
+    assert rates[0] == pytest.approx(0.2) and max(rates) < 2 and rates[-1] == pytest.approx(0.02)
+    assert rates[49] == pytest.approx(2 * 0.51)
+    assert fm.learning_rate(config | dict(decay="none"), 90) == 2
+
+
+def test_ema_is_the_weighted_mean_of_the_weights_it_saw():
+    model, ema = nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False)
+    values, expected = [3.0, -1.0, 5.0, 2.0], ema.weight.item()
+    for n, value in enumerate(values, 1):
+        nn.init.constant_(model.weight, value)
+        fm.update_ema(ema, model, n, decay=0.25)
+        d = min(0.25, (1 + n) / (10 + n))
+        expected = d * expected + (1 - d) * value
+        assert ema.weight.item() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_batch_is_a_function_of_seed_and_step_whatever_the_ranks():
+    images = torch.arange(50, dtype=torch.uint8).reshape(50, 1, 1, 1).expand(50, 1, 4, 4)
+    config, device = dict(seed=3, batch=6, flip=True, path="vp"), torch.device("cpu")
+    draw = lambda step, *ranks: fm.draw_batch(images, torch.arange(50), config, step, device, *ranks)
+    whole, halves = draw(5), [draw(5, rank, 2) for rank in (0, 1)]
+    for a, b, c in zip(whole, *halves):
+        assert torch.equal(a, torch.cat([b, c]))
+    assert not torch.equal(whole[2], draw(6)[2])
+    assert torch.equal(fm.to_uint8(whole[0])[:, 0, 0, 0].long(), whole[1])  # labels stay with images
+    assert (draw(5)[3] < fm.T_END["vp"]).all()
+
+
+@pytest.mark.parametrize("amp", ["bf16", "fp16"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="no CUDA"))])
+def test_amp_trains_with_float32_weights(tiny, tmp_path, amp, device):
+    root, flags = tiny
+    fm.main(flags + ["--amp", amp, "--device", device, "--no-compile", "--out", str(tmp_path)])
+    checkpoint, losses = load(tmp_path), [line["loss"] for line in log(tmp_path)]
+    assert losses[-1] < 0.9 * losses[0] and abs(losses[0] / log(root / "whole")[0]["loss"] - 1) < 0.1
+    assert losses != [line["loss"] for line in log(root / "whole")]  # it was not float32
+    assert all(p.dtype == torch.float32 for part in ("model", "ema") for p in checkpoint[part].values())
+    assert bool(checkpoint["scaler"]) == (amp == "fp16")
+
+
+def test_an_fp16_overflow_is_skipped_and_training_goes_on(tiny, tmp_path, monkeypatch):
+    root, flags = tiny
+    calls, original = [], fm.cfm_loss
+    monkeypatch.setattr(fm, "cfm_loss", lambda *args: (
+        calls.append(1) or original(*args) * (math.inf if len(calls) == 5 else 1)))
+    fm.main(flags + ["--amp", "fp16", "--out", str(tmp_path)])
+    checkpoint = load(tmp_path)
+    assert all(p.isfinite().all() for p in checkpoint["ema"].values())
+    assert checkpoint["scaler"]["scale"] < 65536  # the initial scale, halved once or more
+
+
+def test_a_non_finite_gradient_names_the_step_and_keeps_the_checkpoint(
+        tiny, tmp_path, monkeypatch, capsys):
+    root, flags = tiny
+    calls, original = [], fm.cfm_loss
+    monkeypatch.setattr(fm, "cfm_loss", lambda *args: (
+        calls.append(1) or original(*args) * (math.nan if len(calls) == 8 else 1)))
+    assert "step 8 is not finite" in refuse(flags + ["--out", str(tmp_path)], capsys)
+    assert load(tmp_path)["step"] == 6
+    assert all(p.isfinite().all() for p in load(tmp_path)["ema"].values())
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_no_debris(tmp_path):
+    file = tmp_path / "checkpoint.pt"
+    fm.write_atomically(file, lambda temporary: temporary.write_text("old"))
+
+    def fail(temporary):
+        temporary.write_text("ne")
+        raise OSError("disk full")
+
+    with pytest.raises(OSError):
+        fm.write_atomically(file, fail)
+    assert [f.name for f in tmp_path.iterdir()] == ["checkpoint.pt"] and file.read_text() == "old"
+
+
+def test_sigterm_writes_a_checkpoint_and_says_how_to_go_on(tiny, tmp_path):
+    root, flags = tiny
+    flags = flags + ["--steps", "100000", "--save-every", "100000", "--sample-every", "100000"]
+    process = start(flags + ["--out", str(tmp_path)])
+    while not ((tmp_path / "log.jsonl").exists() and (tmp_path / "log.jsonl").read_text()):
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    output = process.communicate(timeout=30)[0]
+    assert process.returncode == 128 + signal.SIGTERM, output
+    assert f"--resume --out {tmp_path}" in output and load(tmp_path)["step"] > 0
+
+
+# ------------------------------------------------------------------------------------------------
+# §8  Command line
+# ------------------------------------------------------------------------------------------------
+
+
+def refuse(arguments, capsys):
+    """Run a command that must be refused: status 2, one line on stderr, which is returned."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        fm.main(arguments)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and error.endswith("\n"), error
+    assert error.startswith(f"flow_matching.py {arguments[0]}: error: "), error
+    return error
+
+
+def test_sample_is_the_same_for_any_batch_size_and_solver_counts(tiny, tmp_path, capsys):
+    root, _ = tiny
+    base = ["sample", "--ckpt", str(root / "whole" / "checkpoint.pt"), "--n", "7", "--seed", "5"]
+    for out, batch in (("a", "7"), ("b", "2")):
+        fm.main(base + ["--batch", batch, "--steps", "3", "--out", str(tmp_path / out)])
+    assert "NFE 6," in capsys.readouterr().out
+    read = lambda out, i: np.asarray(Image.open(tmp_path / out / f"{i:06d}.png")).astype(int)
+    assert sorted(f.name for f in (tmp_path / "a").iterdir()) == [f"{i:06d}.png" for i in range(7)]
+    images = [(read("a", i), read("b", i)) for i in range(7)]
+    assert all(np.abs(a - b).max() <= 1 for a, b in images)
+    assert np.abs(images[0][0] - images[1][0]).max() > 1
+    for solver in fm.SOLVERS:
+        out = tmp_path / f"{solver}.png"
+        fm.main(base + ["--solver", solver, "--steps", "2", "--out", str(out)])
+        with Image.open(out) as picture:
+            assert picture.size[0] == picture.size[1] > 500
+
+
+def test_sample_uses_the_ema_weights(tiny, tmp_path):
+    checkpoint = load(tiny[0] / "whole")
+    checkpoint["model"] = {k: math.nan * p for k, p in checkpoint["model"].items()}
+    torch.save(checkpoint, tmp_path / "x.pt")
+    fm.main(["sample", "--ckpt", str(tmp_path / "x.pt"), "--n", "2", "--out", str(tmp_path / "x.png")])
+
+
+def test_sample_finds_the_newest_run(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, age in (("old", 100), ("new", 0), ("older", 200)):
+        file = tmp_path / "runs" / name / "checkpoint.pt"
+        file.parent.mkdir(parents=True)
+        file.write_bytes((tiny[0] / "whole" / "checkpoint.pt").read_bytes())
+        os.utime(file, (time.time() - age,) * 2)
+    fm.main(["sample", "--n", "1", "--steps", "1"])
+    assert "runs/new/samples.png" in capsys.readouterr().out
+
+
+class Payload:
+    def __reduce__(self):
+        return os.mkdir, ("payload-ran",)
+
+
+def bad_checkpoints(root):
+    """name -> file, each wrong in its own way."""
+    whole = (root / "whole" / "checkpoint.pt").read_bytes()
+    files = {name: root / f"{name}.pt" for name in
+             ("empty", "truncated", "text", "pickle", "foreign", "list", "shapes", "config")}
+    files["empty"].write_bytes(b"")
+    files["truncated"].write_bytes(whole[: len(whole) // 2])
+    files["text"].write_text("hello")
+    torch.save({"model": Payload()}, files["pickle"])
+    torch.save({"state_dict": {}}, files["foreign"])
+    torch.save([1, 2], files["list"])
+    checkpoint = load(root / "whole")
+    torch.save(checkpoint | {"ema": {k: p[:1] for k, p in checkpoint["ema"].items()}}, files["shapes"])
+    torch.save(checkpoint | {"config": {"path": "ot"}}, files["config"])
+    return files
+
+
+def test_bad_checkpoints_are_refused_and_run_no_code(tiny, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, file in bad_checkpoints(tiny[0]).items():
+        error = refuse(["sample", "--ckpt", str(file), "--out", "x.png"], capsys)
+        assert str(file) in error, name
+    assert list(tmp_path.iterdir()) == []  # the payload did not run, nothing was written
+
+
+@pytest.mark.parametrize("arguments, says", [
+    ("train --path xy", "'xy'"), ("train --data nowhere", "nowhere"), ("train --bogus", "--bogus"),
+    ("train --steps 0", "--steps"), ("train --steps x", "--steps"), ("train --lr -1", "--lr"),
+    ("train --lr nan", "--lr"), ("train --lr inf", "--lr"), ("train --batch -4", "--batch"),
+    ("train --dropout 1.5", "--dropout"), ("train --mults 1,,2", "--mults"),
+    ("train --size 18", "multiples of 4"), ("train --width 6", "multiple of 4"),
+    ("train --device cuda", "cpu"), ("train --resume", "runs"),
+    ("train --resume --out nowhere", "nowhere"), ("train --data empty", "no images"),
+    ("train --data broken --size 8", "broken/0.png"), ("train --amp fp8", "fp8"),
+    ("sample", "runs"), ("sample --ckpt nowhere.pt", "nowhere.pt"), ("sample --steps 0", "--steps"),
+    ("sample --n -1", "--n"), ("sample --solver heun", "heun"), ("sample --tolerance 0", "tolerance"),
+    ("sample --ckpt empty", "empty"), ("sample --device cuda", "cpu"),
+])
+def test_bad_input_gets_one_line(arguments, says, tmp_path, monkeypatch, capsys):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a CUDA device")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    write_folder(tmp_path / "broken")
+    (tmp_path / "broken" / "0.png").write_bytes(b"not a png")
+    assert says in refuse(arguments.split(), capsys)
+    assert not (tmp_path / "runs").exists() and not list(tmp_path.glob("data/*"))
+
+
+def test_a_download_that_fails_names_the_way_out(tmp_path, monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("urllib.request.urlopen", fail)
+    for name in ("mnist", "fashion-mnist", "cifar10"):
+        error = refuse(["train", "--data", name, "--data-dir", str(tmp_path)], capsys)
+        assert "--data-dir" in error and "--data digits" in error
+
+
+def test_nothing_already_written_is_overwritten(tiny, tmp_path, capsys):
+    root, flags = tiny
+    before = {f: f.read_bytes() for f in (root / "whole").iterdir()}
+    assert "--resume" in refuse(flags + ["--out", str(root / "whole")], capsys)
+    error = refuse(flags + ["--out", str(root / "whole"), "--resume", "--width", "16"], capsys)
+    assert "--width 8" in error
+    assert {f: f.read_bytes() for f in (root / "whole").iterdir()} == before
+    base = ["sample", "--ckpt", str(root / "whole" / "checkpoint.pt"), "--n", "1", "--steps", "1"]
+    for out in ("x.png", "folder"):
+        fm.main(base + ["--out", str(tmp_path / out)])
+        assert "--overwrite" in refuse(base + ["--out", str(tmp_path / out)], capsys)
+        fm.main(base + ["--out", str(tmp_path / out), "--overwrite"])
+
+
+@pytest.mark.parametrize("command", list(fm.COMMANDS))
+def test_help_names_every_flag_with_its_default_and_an_example(command, capsys):
+    with pytest.raises(SystemExit) as stop:
+        fm.main([command, "--help"])
+    text = capsys.readouterr().out
+    assert stop.value.code == 0 and f"flow_matching.py {command}" in text.split("examples:")[1]
+    assert text.count("default") >= len(fm.COMMANDS[command][1]) + len(fm.COMMON_FLAGS)
+
+
+def test_the_script_metadata_names_what_is_imported():
+    source = SCRIPT.read_text()
+    metadata = source[: source.index('"""')]
+    imported = {(n.names[0].name if isinstance(n, ast.Import) else n.module).split(".")[0]
+                for n in ast.parse(source).body if isinstance(n, (ast.Import, ast.ImportFrom))}
+    third_party = {m for m in imported if m not in sys.stdlib_module_names} - {"PIL"}
+    assert {re.match(r"\w+", d)[0] for d in re.findall(r'"([a-z]+>=[^"]+)"', metadata)} == third_party
