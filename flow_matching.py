@@ -49,6 +49,7 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from scipy.integrate import solve_ivp
+from scipy.optimize import linear_sum_assignment
 from torch import nn
 
 # ------------------------------------------------------------------------------------------------
@@ -150,6 +151,22 @@ def cfm_loss(v, path, x_1, x_0=None, t=None, weight=None, t_end=1.0):
     u = d_alpha * x_1 + d_sigma * x_0
     loss = (v(x_t, t) - u).square().flatten(1).mean(1)
     return (loss if weight is None else weight * loss).mean()
+
+
+def ot_coupling(x_0, x_1, y=None):
+    """Minibatch optimal transport (Tong et al., arXiv 2302.00482; Pooladian et al., 2304.14772).
+
+    x_0, x_1: (B, ...).  Returns x_0 reordered so that the sum of ‖x_0 − x_1‖² over the batch is
+    least.  y: (B,) labels: noise then changes places only within a class, so that p(x_0 | y)
+    stays N(0, I) and the noise does not give the class away.
+    """
+    y = torch.zeros(len(x_0)) if y is None else y
+    coupled = x_0.clone()
+    for label in y.unique():
+        rows = (y == label).nonzero()[:, 0].to(x_0.device)
+        cost = torch.cdist(x_1[rows].flatten(1), x_0[rows].flatten(1)).square()
+        coupled[rows] = x_0[rows[linear_sum_assignment(cost.cpu())[1]]]
+    return coupled
 
 
 class Velocity(nn.Module):
@@ -265,6 +282,56 @@ def sample(v, noise, path=ot_path, t_end=1.0, **solver):
     """
     sigma_0 = path(torch.zeros(1, device=noise.device))[1]
     return odeint(v, sigma_0 * noise, 0.0, t_end, **solver)
+
+
+@torch.no_grad()
+def trajectory(v, noise, path=ot_path, t_end=1.0, steps=20, **solver):
+    """sample() seen on its way: x at steps + 1 equal times, (steps + 1, B, ...), and the NFE.
+
+    Needs: ot_path, odeint.
+    """
+    frames, nfe = [path(torch.zeros(1, device=noise.device))[1] * noise], 0
+    for i in range(steps):
+        t, t_next = i * t_end / steps, (i + 1) * t_end / steps
+        x, evaluations = odeint(v, frames[-1], t, t_next, steps=1, **solver)
+        frames.append(x)
+        nfe += evaluations
+    return torch.stack(frames), nfe
+
+
+@torch.no_grad()
+def invert(v, x_1, t_end=1.0, **solver):
+    """Data to noise: the same ODE backward, from t_end to 0.  Returns x: (B, ...), NFE.
+
+    x is a point of p_0 = N(0, σ(0)² I): divide by σ(0), path(0)[1], for x_0.  Needs: odeint.
+    """
+    return odeint(v, x_1, t_end, 0.0, **solver)
+
+
+def guided(v, y, scale=1.0):
+    """Classifier-free guidance (arXiv 2207.12598): v(x, t, ∅) + scale (v(x, t, y) − v(x, t, ∅)).
+
+    v: callable (x, t, y), y: (B,) labels; y = None is ∅.  scale 1 is plain conditional sampling,
+    with one evaluation of v; otherwise both are evaluated.  Returns a callable (x, t).
+    """
+
+    def v_guided(x, t):
+        conditional = v(x, t, y)
+        if scale == 1:
+            return conditional
+        unconditional = v(x, t, None)
+        return unconditional + scale * (conditional - unconditional)
+
+    return v_guided
+
+
+def slerp(a, b, s):
+    """From a at s = 0 to b at s = 1 on the sphere: each point is as likely a noise as a and b are.
+
+    a, b: one noise each, of any shape; s: float.
+    """
+    angle = torch.acos((a * b).sum() / (a.norm() * b.norm()))
+    return (torch.sin((1 - s) * angle) * a + torch.sin(s * angle) * b) / torch.sin(angle)
 
 
 def draw_noise(seed, indices, shape):
@@ -451,28 +518,30 @@ def draw_digits(n, size, seed=0):
     labels = rng.integers(10, size=n)
     images = np.empty((n, 1, size, size), np.uint8)
     big = 4 * size  # drawn large, then averaged down: smooth edges
-    fonts = [ImageFont.load_default(big * s) for s in np.linspace(0.9, 1.15, 6)]
+    fonts = [ImageFont.load_default(big * s) for s in np.linspace(0.95, 1.1, 4)]
     for image, label in zip(images, labels):
         canvas = Image.new("L", (big, big))
         font, stroke = fonts[rng.integers(len(fonts))], int(rng.integers(1 + big // 32))
         middle = (big / 2, big / 2)
         ImageDraw.Draw(canvas).text(middle, str(label), 255, font, anchor="mm", stroke_width=stroke)
-        angle, slant = rng.normal(0, 0.12), rng.normal(0, 0.15)
+        angle, slant = rng.normal(0, 0.08), rng.normal(0, 0.1)
         a, b, c, d = math.cos(angle), math.sin(angle) + slant, -math.sin(angle), math.cos(angle)
-        x, y = middle + rng.normal(0, 0.03 * big, 2)
+        x, y = middle + rng.normal(0, 0.02 * big, 2)
         matrix = (a, b, big / 2 - a * x - b * y, c, d, big / 2 - c * x - d * y)
         canvas = canvas.transform((big, big), Image.Transform.AFFINE, matrix, Image.BILINEAR)
         image[0] = canvas.resize((size, size), Image.BOX)
     return torch.from_numpy(images), torch.from_numpy(labels), list("0123456789")
 
 
+TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10"}
+
+
 def load_torchvision(name, data_dir, size):
     """mnist, fashion-mnist or cifar10 from data_dir, downloaded into it if they are not there."""
-    kind = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10"}[name]
     try:
-        data = getattr(torchvision.datasets, kind)(data_dir, train=True, download=True)
+        data = getattr(torchvision.datasets, TORCHVISION[name])(data_dir, download=True)
     except (OSError, RuntimeError) as error:
-        raise ValueError(f"{kind} is not in {data_dir} and could not be downloaded ({error}): name "
+        raise ValueError(f"{name} is not in {data_dir} and could not be downloaded ({error}): name "
                          "its folder with --data-dir, or use --data digits") from None
     images, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets)
     images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)
@@ -547,7 +616,7 @@ def load_data(name, data_dir, size):
     """The images, labels and names of a --data argument."""
     if name == "digits":
         return draw_digits(20_000, size)
-    load = load_torchvision if name in RECIPES else load_folder
+    load = load_torchvision if name in TORCHVISION else load_folder
     return load(name, data_dir, size)
 
 
@@ -561,18 +630,16 @@ def to_uint8(x):
     return (127.5 * x + 128).clamp(0, 255).to(torch.uint8)
 
 
-def save_grid(images, file, columns=None):
-    """uint8 (N, C, H, W) as one picture, square unless columns is given, small pixels enlarged."""
-    columns = columns or math.ceil(math.sqrt(len(images)))
+def picture(image):
+    """uint8 (C, H, W), C = 1 or 3, as a Pillow image."""
+    return Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy())
+
+
+def picture_grid(images, columns):
+    """uint8 (N, C, H, W) as one Pillow image, small pixels enlarged."""
     grid = torchvision.utils.make_grid(images, columns, padding=1, pad_value=128)
     zoom = max(1, 768 // grid.shape[-1])
-    save_image(grid.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2), file)
-
-
-def save_image(image, file):
-    """uint8 (C, H, W), C = 1 or 3, as a PNG."""
-    picture = Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy())
-    write_atomically(file, picture.save)
+    return picture(grid.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2))
 
 
 def write_atomically(file, write):
@@ -595,7 +662,7 @@ def write_atomically(file, write):
 
 RECIPES = {  # every value is also a flag; a folder of images takes the last row
     "digits": dict(size=16, width=32, mults=[1, 2, 2], blocks=1, attention=[], patch=1, dropout=0.0,
-                   batch=48, lr=2e-3, warmup=50, steps=1000, ema=0.995, flip=False),
+                   batch=32, lr=2e-3, warmup=50, steps=1500, ema=0.995, flip=False),
     "mnist": dict(size=28, width=64, mults=[1, 2], blocks=1, attention=[], patch=2, dropout=0.0,
                   batch=64, lr=2e-3, warmup=100, steps=3000, ema=0.998, flip=False),
     "fashion-mnist": dict(size=28, width=64, mults=[1, 2], blocks=1, attention=[], patch=2,
@@ -612,13 +679,13 @@ RECIPES = {  # every value is also a flag; a folder of images takes the last row
 def build_velocity(config):
     """The velocity model that a config describes, its U-Net newly initialised."""
     keys = ("channels", "size", "width", "mults", "blocks", "attention", "dropout", "patch")
-    net = UNet(**{k: config[k] for k in keys})
+    net = UNet(**{k: config[k] for k in keys}, classes=len(config["names"]))
     plain = config["path"] == "ot"  # Eq. 23 needs no help; the diffusion paths do
     return Velocity(net, None if plain else PATHS[config["path"]], config["data_rms"])
 
 
 def draw_batch(images, labels, config, step, device, rank=0, world=1):
-    """This rank's part of the global batch of a step: x_1, y, x_0, t.
+    """This rank's part of the global batch of a step: x_1, y (None without classes), x_0, t.
 
     A pure function of (seed, step): a resumed run, or one on another number of ranks, draws the
     same.  Every rank draws all random numbers and keeps its share of the images.
@@ -629,14 +696,22 @@ def draw_batch(images, labels, config, step, device, rank=0, world=1):
     flip = torch.rand(B, device=where) < 0.5
     x_0 = torch.randn(B, *images.shape[1:], device=device)
     t = T_END[config["path"]] * torch.rand(B, device=device)
+    dropped = torch.rand(B, device=device) < config["label_drop"]  # sample by sample
     mine = slice(rank * B // world, (rank + 1) * B // world)
-    index, flip = index[mine], flip[mine]
-    x_1 = images[index]
+    part = slice(B) if config["coupling"] == "ot" else mine  # coupling needs the whole batch
+    x_1 = images[index[part]]
     if config["flip"]:
-        x_1 = torch.where(flip[:, None, None, None], x_1.flip(3), x_1)
+        x_1 = torch.where(flip[part, None, None, None], x_1.flip(3), x_1)
     x_1 = to_float(x_1.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
+    y = labels[index].to(device, non_blocking=True) if config["names"] else None
+    if config["coupling"] == "ot":
+        x_0, x_1 = ot_coupling(x_0, x_1, y)[mine], x_1[mine]
+    else:
+        x_0 = x_0[mine]
+    if y is not None:
+        y = torch.where(dropped, len(config["names"]), y)[mine]
     torch.manual_seed(seed_from(config["seed"], step, rank))  # dropout differs between ranks
-    return x_1, labels[index].to(device, non_blocking=True), x_0[mine], t[mine]
+    return x_1, y, x_0, t[mine]
 
 
 def learning_rate(config, step):
@@ -653,32 +728,23 @@ def update_ema(ema, model, step, decay):
 
 
 def load_checkpoint(file, device="cpu"):
-    """The dict that train() saved.  weights_only: a hostile file cannot run code."""
+    """What train() saved, as a dict, and its velocity model with the EMA weights, on the device.
+
+    weights_only: a hostile file cannot run code.  Raises ValueError for any other file.
+    """
     if not Path(file).is_file():
-        raise ValueError(f"there is no checkpoint {file}: train first, or name one with --ckpt")
+        raise ValueError(f"there is no checkpoint {file}: train first, or name another")
     try:
         checkpoint = torch.load(file, map_location=device, weights_only=True)
-        missing = {"model", "ema", "optimizer", "scaler", "step", "config"} - set(checkpoint)
-    except Exception as error:  # torch raises half a dozen kinds
-        reason = str(error).strip().split("\n")[0][:120]
-        raise ValueError(f"{file} is not a whole checkpoint: {reason}") from None
-    if missing:
-        raise ValueError(f"{file} is not a checkpoint of this program: no {', '.join(missing)}")
-    return checkpoint
-
-
-def load_velocity(file, device):
-    """The model of a checkpoint with its EMA weights, its config and its step."""
-    checkpoint = load_checkpoint(file, device)
-    config = checkpoint["config"]
-    try:
-        velocity = build_velocity(config)
+        for key in ("model", "optimizer", "scaler", "step"):
+            checkpoint[key]
+        velocity = build_velocity(checkpoint["config"])
         velocity.load_state_dict(checkpoint["ema"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        reason = str(error).strip().split("\n")[0][:120]
-        raise ValueError(f"{file} does not fit its own config: {reason}") from None
+    except Exception as error:  # torch, and a foreign dict, raise a dozen kinds
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:150]
+        raise ValueError(f"{file} is not a whole checkpoint of this program ({reason})") from None
     velocity = velocity.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    return velocity, config, checkpoint["step"]
+    return checkpoint, velocity
 
 
 def autocast(device, amp):
@@ -722,13 +788,15 @@ def train(config, out, device, compiled=False, resume=None, stop=lambda: False):
         raise ValueError(f"--batch {B} is not divisible by {world} ranks")
     images, labels, names = load_on_each_machine(config, world)
     some = to_float(images[:: max(1, len(images) // 10_000)])
-    config = config | dict(channels=images.shape[1], data_rms=some.square().mean().sqrt().item())
+    config = config | dict(channels=images.shape[1], data_rms=some.square().mean().sqrt().item(),
+                           names=names if config["classes"] else [])
+    if config["classes"] and len(names) < 2:
+        raise ValueError(f"--classes: {config['data']} has no class subfolders")
 
     torch.manual_seed(config["seed"])
     velocity = build_velocity(config).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(velocity).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(velocity.parameters(), lr=config["lr"], fused=True,
-                                  weight_decay=config["weight_decay"])
+    optimizer = torch.optim.AdamW(velocity.parameters(), weight_decay=0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     state = dict(model=velocity, ema=ema, optimizer=optimizer, scaler=scaler)
     start = resume["step"] if resume else 0
@@ -761,9 +829,10 @@ def train(config, out, device, compiled=False, resume=None, stop=lambda: False):
     for step in range(start + 1, steps + 1):  # between log lines nothing waits for the device
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
-        x_1, _, x_0, t = draw_batch(images, labels, config, step, device, rank, world)
+        x_1, y, x_0, t = draw_batch(images, labels, config, step, device, rank, world)
         with autocast(device, amp):
-            loss = cfm_loss(model, path, x_1, x_0, t, velocity.weight(t))
+            v = functools.partial(model, y=y)
+            loss = cfm_loss(v, path, x_1, x_0, t, velocity.weight(t))
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)  # before clipping
         norm = nn.utils.clip_grad_norm_(velocity.parameters(), config["clip"])
@@ -803,7 +872,8 @@ def train(config, out, device, compiled=False, resume=None, stop=lambda: False):
             noise = draw_noise(0, range(64), images.shape[1:]).to(device)
             with autocast(device, amp):
                 x, _ = sample(ema, noise, path, t_end)
-            save_grid(to_uint8(x).cpu(), out / f"step-{step:06d}.png")
+            grid = picture_grid(to_uint8(x).cpu(), 8)
+            write_atomically(out / f"step-{step:06d}.png", grid.save)
             progress.restart(step)
         if stopping:
             break
@@ -843,7 +913,103 @@ class Progress:
 
 
 # ------------------------------------------------------------------------------------------------
-# §8  Command line
+# §8  The theory, drawn: the exact marginal field of Eq. 8 in the plane, without a network
+# ------------------------------------------------------------------------------------------------
+
+
+def toy_data(name):
+    """Means (K, 2) and standard deviation τ of a mixture in the plane, about 2 in radius."""
+    if name == "gaussians":  # eight, on a circle
+        angles = torch.arange(8) * math.pi / 4
+        return 2 * torch.stack([angles.cos(), angles.sin()], 1), 0.1
+    side = torch.arange(16) * 0.25 - 1.875  # the black fields of a 4 x 4 board, 16 points each
+    points = torch.cartesian_prod(side, side)
+    field = ((points + 2).floor().sum(1) % 2).bool()
+    return points[field], 0.1
+
+
+def measure_paths(means, tau, particles=1000, seed=0):
+    """How well few evaluations follow the exact field: a list of dicts, one per path and solve.
+
+    landed: share of particles within 3τ of a mean; mse: mean squared distance of their end from
+    that of 1000 steps of rk4.
+    """
+    table, noise = [], draw_noise(seed, range(particles), (2,))
+    for name, path in PATHS.items():
+        v = functools.partial(marginal_velocity, path, means=means, tau=tau)
+        exact, _ = sample(v, noise, path, T_END[name], solver="rk4", steps=1000)
+        for solver, stages in (("euler", 1), ("midpoint", 2), ("rk4", 4)):
+            for evaluations in (8, 12, 20, 40, 60, 100):
+                x, nfe = sample(v, noise, path, T_END[name], solver=solver,
+                                steps=evaluations // stages)
+                landed = (torch.cdist(x, means).amin(1) < 3 * tau).float().mean().item()
+                mse = (x - exact).square().mean().item()
+                table.append(dict(path=name, solver=solver, nfe=nfe, landed=landed, mse=mse))
+    return table
+
+
+def evaluations_ratio(table, solver="euler"):
+    """Evaluations that ot needs over those of vp at equal error: geometric mean, log-log."""
+    curves = {}
+    for name in ("ot", "vp"):
+        rows = [row for row in table if (row["path"], row["solver"]) == (name, solver)]
+        curves[name] = np.log([[row["nfe"], row["mse"]] for row in rows])[::-1].T  # mse rising
+    nfe, mse = curves["vp"]
+    ot_nfe, ot_mse = curves["ot"]
+    both = (mse >= ot_mse[0]) & (mse <= ot_mse[-1])  # no extrapolation
+    return np.exp(np.mean(np.interp(mse[both], ot_mse, ot_nfe) - nfe[both]))
+
+
+def draw_paths(means, tau, particles=400, seed=0, size=300):
+    """Rows: paths.  Columns: p_t with particles riding the field, and the lines to one x_1."""
+    scale, times = 2, [0, 0.25, 0.5, 0.75, 1]  # drawn at twice the size, then averaged down
+    pad, top, panel = 12 * scale, 40 * scale, size * scale
+    width, height = pad + 6 * (panel + pad), 3 * (panel + top) + pad
+    canvas = Image.new("RGB", (width, height), "white")
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(17 * scale)
+    noise = draw_noise(seed, range(particles), (2,))
+    for row, (name, path) in enumerate(PATHS.items()):
+        v = functools.partial(marginal_velocity, path, means=means, tau=tau)
+        x, _ = trajectory(v, noise, path, T_END[name], steps=100, solver="rk4")
+        t = torch.linspace(0, T_END[name], 101)
+        alpha, sigma = (c[:, None, None] for c in path(t)[:2])
+        lines = alpha * means[1] + sigma * noise[:16]  # ψ_t(x_0) for one x_1
+        for column, now in enumerate([int(100 * t) for t in times] + [None]):
+            left, upper = pad + column * (panel + pad), top + row * (panel + top)
+            at = 0 if now is None else now  # the line panel shows all times: the largest scale
+            half = max(3.0, 2 * alpha[at].item() + 3 * sigma[at].item())  # axes from −half to half
+            board = Image.new("RGB", (panel, panel), "white")
+            draw, unit = ImageDraw.Draw(board), panel / (2 * half)
+            pixel = lambda p: ((p[..., 0] + half) * unit, (half - p[..., 1]) * unit)
+            dots = lambda p, radius, fill: [draw.circle((a.item(), b.item()), radius * scale, fill)
+                                            for a, b in zip(*pixel(p))]
+            if now is not None:
+                axis = torch.linspace(-half, half, 150)
+                grid = torch.stack(torch.meshgrid(axis, -axis, indexing="xy"), -1).reshape(-1, 1, 2)
+                variance = (alpha[at] * tau) ** 2 + sigma[at] ** 2
+                p = (-(grid - alpha[at] * means).square().sum(2) / (2 * variance)).exp().sum(1)
+                shade = (p / p.max()).sqrt().reshape(150, 150, 1).numpy()
+                shade = (255 - shade * (255 - np.array([90, 150, 220]))).astype(np.uint8)
+                board.paste(Image.fromarray(shade).resize((panel, panel), Image.BILINEAR))
+            followed = lines if now is None else x[: now + 1, :24]
+            for way in followed.transpose(0, 1):
+                points = torch.stack(pixel(way), 1).flatten().tolist()
+                draw.line(points, "#c0392b" if now is None else "#e08a30", scale)
+            if now is None:
+                dots(lines[::10].flatten(0, 1), 2, "#c0392b")  # equal times: their spacing is speed
+                dots(means[1:2], 5, "black")
+            else:
+                dots(x[now], 1.5, "#202020")
+            canvas.paste(board, (left, upper))
+            pen.rectangle((left, upper, left + panel, upper + panel), None, "#808080", scale)
+            what = f"{name}, lines to one x_1" if now is None else f"{name}, t = {times[column]:g}"
+            pen.text((left, upper - 30 * scale), what, "black", font)
+            pen.text((left + panel, upper - 30 * scale), f"axes ±{half:.3g}", "#808080", font, "ra")
+    return canvas.resize((width // scale, height // scale), Image.LANCZOS)
+
+
+# ------------------------------------------------------------------------------------------------
+# §9  Command line
 # ------------------------------------------------------------------------------------------------
 
 
@@ -876,16 +1042,18 @@ def counts(text):
     return [] if text == "none" else [COUNT(part) for part in text.split(",")]
 
 
-COMMON_FLAGS = {  # flag: (default, type or choices, help)
-    "device": (None, ["cuda", "mps", "cpu"], "default: the fastest here"),
-    "amp": (None, ["bf16", "fp16", "off"], "mixed precision; default: on CUDA bf16, or fp16 where "
-            "it is not native; elsewhere off"),
+OUT_FLAGS = {  # flag: (default, type or choices, help)
     "out": (None, str, "what to write; default: runs/DATA-PATH for train, samples.png beside the "
-            "checkpoint for sample"),
+            "checkpoint for sample, paths.png for paths"),
     "overwrite": (False, bool, "replace what --out names"),
 }
-TRAIN_FLAGS = {
-    "data": ("digits", str, f"{', '.join(list(RECIPES)[:-1])}, or a folder of images"),
+DEVICE_FLAGS = {
+    "device": (None, ["cuda", "mps", "cpu"], "default: the fastest here"),
+    "amp": (None, ["bf16", "fp16", "off"], "mixed precision; default: bf16 or fp16, whichever is "
+            "native, on CUDA; off elsewhere"),
+}
+CONFIG_FLAGS = {  # a run is a function of these (and --amp); they are kept in its checkpoint
+    "data": ("digits", str, f"digits, {', '.join(TORCHVISION)}, or a folder of images"),
     "path": ("ot", list(PATHS), "probability path"),
     "data_dir": ("data", str, "where downloads and decoded folders are kept"),
     "size": (None, COUNT, "height and width of the images, pixels"),
@@ -901,26 +1069,43 @@ TRAIN_FLAGS = {
     "steps": (None, COUNT, "training steps"),
     "ema": (None, FRACTION, "decay per step of the averaged weights"),
     "flip": (None, bool, "mirror images at random"),
+    "classes": (False, bool, "learn to make images of a given class"),
+    "label_drop": (0.1, FRACTION, "share of samples trained without their label, for guidance"),
+    "coupling": ("independent", ["independent", "ot"], "of noise and images in a batch: as in the "
+                 "paper, or minibatch optimal transport (straighter paths)"),
     "decay": ("linear", ["linear", "none"], "fall of the learning rate to 0"),
-    "weight_decay": (0.0, number(float, 0), "of AdamW"),
     "clip": (1.0, POSITIVE, "largest norm of the gradient"),
     "seed": (0, WHOLE, "of everything random"),
     "log_every": (50, COUNT, "steps between log lines"),
     "sample_every": (300, COUNT, "steps between sample grids"),
     "save_every": (300, COUNT, "steps between checkpoints"),
+}
+FREE_ON_RESUME = {"steps", "data_dir", "amp", "log_every", "sample_every", "save_every"}
+TRAIN_FLAGS = CONFIG_FLAGS | DEVICE_FLAGS | OUT_FLAGS | {
     "compile": (None, bool, "torch.compile; default: on CUDA only"),
     "resume": (False, bool, "go on with the run in --out; default: the newest in runs/"),
 }
-SAMPLE_FLAGS = {
+SAMPLE_FLAGS = DEVICE_FLAGS | OUT_FLAGS | {
     "ckpt": (None, str, "checkpoint file; default: the newest runs/*/checkpoint.pt"),
-    "n": (64, COUNT, "number of images"),
+    "n": (None, COUNT, "number of images; default: 64, or 8 of each class"),
     "solver": ("midpoint", list(SOLVERS), "euler, midpoint and rk4 evaluate the network 1, 2 and 4 "
                "times a step; dopri5 adapts"),
     "steps": (20, COUNT, "steps of the solver"),
     "tolerance": (1e-5, number(float, 1e-12, 1), "of dopri5, relative and absolute"),
     "seed": (0, WHOLE, "of the noise"),
     "batch": (None, COUNT, "images at a time; default: by size"),
+    "label": (None, str, "class to make, name or number; default: one row of each class"),
+    "guidance": (1.0, number(float, 0), "scale of classifier-free guidance, 1 for none"),
+    "trajectory": (False, bool, "show the way from noise to image, left to right, in a .png"),
+    "interpolate": (None, number(int, 2), "each row: INTERPOLATE images between two noises, on the "
+                    "sphere; default: none"),
 }
+PATHS_FLAGS = OUT_FLAGS | {
+    "data": ("gaussians", ["gaussians", "checkerboard"], "distribution in the plane"),
+    "seed": (0, WHOLE, "of the noise"),
+}
+
+
 def pick_device(name):
     """The torch.device of a --device argument.  Raises ValueError for one that is not here."""
     here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
@@ -948,30 +1133,28 @@ def run_train(args, given):
     """The train command; given: the flags that were named, args: those and the defaults."""
     device = pick_device(args.device)
     recipe = RECIPES.get(args.data, RECIPES["folder"])
-    given = {k: v for k, v in given.items() if k not in ("out", "device", "compile", "resume",
-                                                         "overwrite")}
-    defaults = {k: v[0] for k, v in TRAIN_FLAGS.items() if k not in ("compile", "resume")}
-    config = defaults | recipe | dict(amp=pick_amp(args.amp, device)) | given
+    flags = {k: getattr(args, k) for k in CONFIG_FLAGS}
+    config = {k: recipe.get(k) if v is None else v for k, v in flags.items()}
+    config["amp"] = pick_amp(args.amp, device)
     out = Path(args.out or f"runs/{Path(args.data).resolve().name}-{args.path}")
     resume = None
     if args.resume:
-        if not (args.out or "data" in given or "path" in given):
+        if not given.keys() & {"out", "data", "path"}:
             out = newest_checkpoint().parent
-        resume = load_checkpoint(out / "checkpoint.pt")
-        free = ("steps", "data_dir", "amp", "log_every", "sample_every", "save_every")
-        for k, v in given.items():
-            if k not in free and resume["config"][k] != v:
+        resume, _ = load_checkpoint(out / "checkpoint.pt")
+        config = resume["config"] | {k: v for k, v in given.items() if k in config}
+        for k in config.keys() - FREE_ON_RESUME:
+            if config[k] != resume["config"][k]:
                 raise ValueError(f"{out} was begun with --{k.replace('_', '-')} "
                                  f"{resume['config'][k]}, which --resume cannot change")
-        config = resume["config"] | given
     elif (out / "checkpoint.pt").exists() and not args.overwrite:
         raise ValueError(f"{out} already holds a run: go on with --resume, replace it with "
                          "--overwrite, or name another --out")
-    if config["data"] not in RECIPES and not Path(config["data"]).is_dir():
-        known = ", ".join(list(RECIPES)[:-1])
-        raise ValueError(f"--data {config['data']} is neither a folder nor one of {known}")
+    if config["data"] not in ("digits", *TORCHVISION) and not Path(config["data"]).is_dir():
+        raise ValueError(f"--data {config['data']} is neither a folder of images nor digits, "
+                         + ", ".join(TORCHVISION))
     with torch.device("meta"):  # refuses a bad shape before any work
-        build_velocity(dict(channels=1, data_rms=1.0) | config)
+        build_velocity(dict(channels=1, data_rms=1.0, names=[]) | config)
 
     signals = []
 
@@ -989,39 +1172,106 @@ def run_train(args, given):
 
 
 def run_sample(args, given):
-    """The sample command: a grid, or one PNG per image."""
+    """The sample command: a grid, a film, or one PNG per image."""
     device = pick_device(args.device)
     file = Path(args.ckpt or newest_checkpoint())
-    velocity, config, step = load_velocity(file, device)
+    checkpoint, velocity = load_checkpoint(file, device)
+    config = checkpoint["config"]
+    names, path, t_end = config["names"], PATHS[config["path"]], T_END[config["path"]]
     out = Path(args.out or file.parent / "samples.png")
-    grid = out.suffix.lower() == ".png"
+    kind, amp = out.suffix.lower(), pick_amp(args.amp, device)
     if args.out and not args.overwrite and (out.is_file() or out.is_dir() and any(out.iterdir())):
         raise ValueError(f"{out} already exists: replace it with --overwrite, or name another")
-    print(f"{file}: step {step:,}, EMA weights (decay {config['ema']}), path {config['path']}")
+    if args.trajectory and kind != ".png" or kind == ".gif" and args.interpolate:
+        raise ValueError("--trajectory needs a .png to draw; a .gif shows no --interpolate")
+    if not names and given.keys() & {"label", "guidance"}:
+        raise ValueError("--label and --guidance need a model trained with --classes")
+    label = None
+    if args.label is not None:
+        known = {**{str(i): i for i in range(len(names))}, **{k: i for i, k in enumerate(names)}}
+        if args.label not in known:
+            raise ValueError(f"--label {args.label}: this model knows {', '.join(names)}")
+        label = known[args.label]
+
+    every = len(names) if label is None else 0  # one row for each class, unless one was named
+    n = args.n or (8 * max(1, every) if every or args.trajectory else 64)
+    if args.interpolate:
+        n = max(1, n // args.interpolate) * args.interpolate
+    columns = args.interpolate or math.ceil(n / every if every else math.sqrt(n))
+    rows = math.ceil(n / columns)
+    print(f"{file}: step {checkpoint['step']:,}, path {config['path']}, EMA weights (decay "
+          f"{config['ema']})")
     shape = (config["channels"], config["size"], config["size"])
+    solver = dict(solver=args.solver, steps=args.steps, tolerance=args.tolerance)
+
+    def noise(i):
+        if not args.interpolate:
+            return draw_noise(args.seed, [i], shape)[0]
+        row, column = divmod(i, args.interpolate)
+        ends = draw_noise(args.seed, [2 * row, 2 * row + 1], shape)
+        return slerp(*ends, column / (args.interpolate - 1))
+
+    def make(numbers):  # uint8 frames (F, b, C, H, W), of which the last is the images; NFE
+        x_0 = torch.stack([noise(i) for i in numbers]).to(device)
+        y = [label if label is not None else i // columns * every // rows for i in numbers]
+        y = torch.tensor(y, device=device) if names else None
+        v = guided(velocity, y, args.guidance)
+        with autocast(device, amp):
+            if not (args.trajectory or kind == ".gif"):
+                x, nfe = sample(v, x_0, path, t_end, **solver)
+                return to_uint8(x)[None].cpu(), nfe
+            x, nfe = trajectory(v, x_0, path, t_end, **solver)
+        sigma = path(torch.linspace(0, t_end, len(x), device=device))[1]
+        return to_uint8(x / sigma.clamp(min=1).reshape(-1, 1, 1, 1, 1)).cpu(), nfe  # ve: fits
+
     batch = args.batch or max(1, min(512, 2**25 // (config["width"] * shape[1] * shape[2])))
-    progress, amp, nfe_sum, images = Progress(args.n, "images"), pick_amp(args.amp, device), 0, []
+    progress, parts, nfe_sum, written = Progress(n, "images"), [], 0, []
     with ThreadPoolExecutor(2) as pool:  # writes PNGs while the next batch is made
-        for i in range(0, args.n, batch):
-            numbers = range(i, min(i + batch, args.n))
-            with autocast(device, amp):
-                x, nfe = sample(velocity, draw_noise(args.seed, numbers, shape).to(device),
-                                PATHS[config["path"]], T_END[config["path"]], solver=args.solver,
-                                steps=args.steps, tolerance=args.tolerance)
-            part = to_uint8(x).cpu()
-            if grid:
-                images.append(part)
+        for i in range(0, n, batch):
+            numbers = range(i, min(i + batch, n))
+            frames, nfe = make(numbers)
+            nfe_sum += nfe * len(numbers)
+            if kind in (".png", ".gif"):
+                parts.append(frames)
             else:
                 files = [out / f"{j:06d}.png" for j in numbers]
-                written = pool.map(save_image, part, files)
-            nfe_sum += nfe * len(part)
+                written.append(pool.map(lambda image, file: write_atomically(
+                    file, picture(image).save), frames[-1], files))
             print(f"\r{progress.line(numbers.stop)} ", end="", flush=True)
-    if grid:
-        save_grid(torch.cat(images), out)
-    else:
-        list(written)  # raises what a writer raised
-    print(f"\n{out}: {args.n:,} images, {args.solver}, NFE {nfe_sum / args.n:g}, amp {amp}, "
+    for results in written:
+        list(results)  # raises what a writer raised
+    if parts:
+        frames = torch.cat(parts, 1)
+        if args.trajectory:  # a row for each image, time from left to right
+            shown = frames[np.linspace(0, args.steps, min(args.steps, 10) + 1).round().astype(int)]
+            grid = picture_grid(shown.transpose(0, 1).flatten(0, 1), len(shown))
+            write_atomically(out, grid.save)
+        elif kind == ".gif":
+            film = [picture_grid(f, columns) for f in frames]
+            write_atomically(out, lambda file: film[0].save(
+                file, save_all=True, append_images=film[1:] + film[-1:] * 20, duration=60, loop=0))
+        else:
+            write_atomically(out, picture_grid(frames[-1], columns).save)
+    print(f"\n{out}: {n:,} images, {args.solver}, NFE {nfe_sum / n:g}, amp {amp}, "
           f"{time.perf_counter() - progress.start:.1f} s")
+
+
+def run_paths(args, given):
+    """The paths command: a picture and a table."""
+    out = Path(args.out or "paths.png")
+    if args.out and out.exists() and not args.overwrite:
+        raise ValueError(f"{out} already exists: replace it with --overwrite, or name another")
+    means, tau = toy_data(args.data)
+    table = measure_paths(means, tau, seed=args.seed)
+    print("landed: share of particles within 3 tau; error: mean squared, against 1000 rk4 steps\n"
+          "solver    NFE" + "".join(f"   {name} landed  error  " for name in PATHS))
+    for row in table[: len(table) // len(PATHS)]:
+        same = [r for r in table if (r["solver"], r["nfe"]) == (row["solver"], row["nfe"])]
+        print(f"{row['solver']:9}{row['nfe']:4}" +
+              "".join(f"    {r['landed']:7.1%}  {r['mse']:.1e}" for r in same))
+    print(f"at equal error, ot needs {evaluations_ratio(table):.0%} of vp's evaluations (euler)")
+    write_atomically(out, draw_paths(means, tau, seed=args.seed).save)
+    print(f"wrote {out}")
 
 
 COMMANDS = {
@@ -1030,7 +1280,10 @@ COMMANDS = {
               "flow_matching.py train --data photos/ --size 64 --out runs/photos"),
     "sample": (run_sample, SAMPLE_FLAGS, "Make images from the EMA weights of a checkpoint.",
                "flow_matching.py sample --steps 20\n"
-               "flow_matching.py sample --n 10000 --out images/"),
+               "flow_matching.py sample --n 10000 --out images/\n"
+               "flow_matching.py sample --label 3 --guidance 2   (after train --classes)"),
+    "paths": (run_paths, PATHS_FLAGS, "Draw the theory: the exact field of Eq. 8, no network.",
+              "flow_matching.py paths --data checkerboard"),
 }
 
 
@@ -1043,8 +1296,8 @@ def build_parser():
             examples += "\n".join(f"  {k}: {v}" for k, v in RECIPES.items())
         p = commands.add_parser(name, help=text, description=text, epilog="examples:\n" + examples,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-        p.set_defaults(run=run, error=p.error, flags=flags | COMMON_FLAGS)
-        for flag, (default, kind, text) in (flags | COMMON_FLAGS).items():
+        p.set_defaults(run=run, error=p.error, flags=flags)
+        for flag, (default, kind, text) in flags.items():
             if default is not None or "default" not in text:
                 text += f" (default: {'by recipe' if default is None else default})"
             how = (dict(action=argparse.BooleanOptionalAction) if kind is bool else
