@@ -13,18 +13,20 @@ distribution onto the data (Theorem 1).  So new images are the solutions of dx/d
     §1 probability paths        ot_path, vp_path, ve_path, Theorem 3, the exact marginal field
     §2 loss                     cfm_loss, Velocity
     §3 ODE solvers              euler, midpoint, rk4, odeint (with adaptive Dormand-Prince)
-    §4 sampling                 sample, draw_noise
+    §4 sampling                 sample, invert, guided, slerp, draw_noise
     -- the paper ends here, the engineering begins --
     §5 network                  UNet
     §6 data                     digits drawn on the spot, torchvision's sets, folders of images
     §7 training                 recipes, checkpoints, the loop
-    §8 command line             train, sample
+    §8 the theory, drawn        the exact field in the plane: a picture and a table
+    §9 command line             train, sample, paths
 
 Notation: B, C, H, W are batch, channels, height and width; images are in [-1, 1]; t is in [0, 1].
 A definition in §1-§5 that needs another one says so ("Needs: ..."); pasted with it, it runs.
 
     python flow_matching.py train --path ot
     python flow_matching.py sample --steps 20
+    python flow_matching.py paths
     torchrun --nproc_per_node=8 flow_matching.py train --data cifar10
 """
 
@@ -32,6 +34,7 @@ import argparse
 import copy
 import functools
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -51,6 +54,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from scipy.integrate import solve_ivp
 from scipy.optimize import linear_sum_assignment
 from torch import nn
+from torchvision.transforms.functional import resize, to_pil_image
 
 # ------------------------------------------------------------------------------------------------
 # §1  Probability paths  (paper: Sections 3 and 4)
@@ -64,7 +68,7 @@ def ot_path(t, sigma_min=1e-4):
     """Optimal-transport path, Eq. 20: the straight line from x_0 to x_1 at constant speed.
 
     t: (B,) in [0, 1].  Returns α = t, σ = 1 − (1 − σ_min) t, α', σ', each (B,).
-    The paper names no σ_min > 0; 1e-4 is far below one grey level (2/255).
+    The paper gives σ_min no value; 1e-4 is far below one grey level (2/255).
     """
     one = torch.ones_like(t)
     return t, 1 - (1 - sigma_min) * t, one, -(1 - sigma_min) * one
@@ -135,11 +139,11 @@ def marginal_velocity(path, x, t, means, tau=0.0):
 # ------------------------------------------------------------------------------------------------
 
 
-def cfm_loss(v, path, x_1, x_0=None, t=None, weight=None, t_end=1.0):
+def cfm_loss(v, path, x_1, x_0=None, t=None, weight=1.0, t_end=1.0):
     """Conditional flow matching, Eq. 14: the mean of ‖v(x_t, t) − u_t(x_t | x_1)‖² per element.
 
     v: callable (x, t) -> velocity, x_1: (B, ...) data.  x_0 ~ N(0, I) and t ~ U[0, t_end] are
-    drawn unless given.  weight: (B,) per-sample weights, or None for the paper's loss.
+    drawn unless given.  weight: (B,) per-sample weights, 1 in the paper.
     By Eq. 13, u is the time derivative of ψ_t(x_0): no division by σ.  Needs: coefficients.
     """
     if x_0 is None:
@@ -149,8 +153,7 @@ def cfm_loss(v, path, x_1, x_0=None, t=None, weight=None, t_end=1.0):
     alpha, sigma, d_alpha, d_sigma = coefficients(path, t, x_1)
     x_t = alpha * x_1 + sigma * x_0
     u = d_alpha * x_1 + d_sigma * x_0
-    loss = (v(x_t, t) - u).square().flatten(1).mean(1)
-    return (loss if weight is None else weight * loss).mean()
+    return (weight * (v(x_t, t) - u).square().flatten(1).mean(1)).mean()
 
 
 def ot_coupling(x_0, x_1, y=None):
@@ -172,19 +175,22 @@ def ot_coupling(x_0, x_1, y=None):
 class Velocity(nn.Module):
     """The velocity v(x, t) that a network F represents.
 
-    path None: v = F, as in the paper.  Otherwise F learns only what the best linear predictor
-    misses, at unit scale (Karras et al., arXiv 2206.00364, §5, written for any path):
+    precondition None: v = F, as in the paper.  A path: F learns only what the best linear
+    predictor misses, at unit scale (Karras et al., arXiv 2206.00364, §5, for any path):
         v = c_skip x + c_out F(c_in x, t),   loss weight 1/c_out².
     The diffusion paths need it: ve's inputs span 1 to 50 and its targets 0.085 to 426.
     net: callable (x, t, y) -> (B, C, H, W); data_rms: root mean square of the data.
     Needs: coefficients.
     """
 
-    def __init__(self, net, path=None, data_rms=1.0):
+    def __init__(self, net, precondition=None, data_rms=1.0):
         super().__init__()
-        self.net, self.path, self.data_rms = net, path, data_rms
+        self.net, self.path, self.data_rms = net, precondition, data_rms
 
     def scales(self, x, t):
+        """c_in, c_skip, c_out, each shaped to multiply x."""
+        if self.path is None:
+            return 1.0, 0.0, 1.0
         alpha, sigma, d_alpha, d_sigma = coefficients(self.path, t, x)
         s = self.data_rms
         c_in = (alpha**2 * s**2 + sigma**2) ** -0.5
@@ -193,12 +199,10 @@ class Velocity(nn.Module):
         return c_in, c_skip, c_out
 
     def weight(self, t):
-        """The loss weight of each sample, (B,), or None for the paper's unweighted loss."""
-        return None if self.path is None else self.scales(t, t)[2] ** -2
+        """The loss weight of each sample: (B,), or 1 for the paper's loss."""
+        return self.scales(t, t)[2] ** -2
 
     def forward(self, x, t, y=None):
-        if self.path is None:
-            return self.net(x, t, y).to(x.dtype)
         c_in, c_skip, c_out = self.scales(x, t)
         return c_skip * x + c_out * self.net(c_in * x, t, y)
 
@@ -230,15 +234,18 @@ def rk4(f, x, t, h):
 SOLVERS = {"euler": euler, "midpoint": midpoint, "rk4": rk4, "dopri5": None}
 
 
-def odeint(v, x, t_0=0.0, t_1=1.0, solver="midpoint", steps=20, tolerance=1e-5):
+def odeint(v, x, t_0=0.0, t_1=1.0, solver="midpoint", steps=20, tolerance=1e-5, keep=False):
     """Solve dx/dt = v(x, t) from t_0 to t_1, forward or backward in time.
 
     v: callable (x, t) -> velocity with t: (B,); x: (B, ...).  euler, midpoint and rk4 take `steps`
     equal steps; dopri5 (scipy's RK45, relative and absolute tolerance as given) chooses its own,
-    the same for the whole batch.  Returns x at t_1 and the number of evaluations of v (NFE).
-    Raises ValueError for steps < 1, FloatingPointError if the solution is not finite,
-    RuntimeError with the solver's words if it fails.  Needs: SOLVERS, euler, midpoint, rk4.
+    the same for the whole batch.  Returns x at t_1, or with keep at the steps + 1 equal times,
+    (steps + 1, B, ...), and the number of evaluations of v (NFE).
+    Raises ValueError for steps < 1 or an unknown solver, FloatingPointError if the solution is not
+    finite, RuntimeError with scipy's words if dopri5 fails.  Needs: SOLVERS, euler, midpoint, rk4.
     """
+    if steps < 1 or solver not in SOLVERS:
+        raise ValueError(f"no solver {solver!r} with {steps} steps: at least 1, {list(SOLVERS)}")
     nfe = 0
 
     def f(x, t):
@@ -247,25 +254,28 @@ def odeint(v, x, t_0=0.0, t_1=1.0, solver="midpoint", steps=20, tolerance=1e-5):
         return v(x, torch.full((len(x),), t, dtype=x.dtype, device=x.device))
 
     def f_flat(t, flat):  # as scipy wants it: one float64 vector
-        u = f(torch.from_numpy(flat).to(x).reshape(x.shape), t).double().flatten().cpu().numpy()
-        if not np.isfinite(u).all():  # scipy would loop for ever
+        u = f(torch.from_numpy(flat).to(x.dtype).to(x.device).reshape(x.shape), t)
+        if not u.isfinite().all():  # scipy would loop for ever
             raise FloatingPointError(f"the velocity is not finite at t = {t:.6g}")
-        return u
+        return u.flatten().cpu().double().numpy()
 
     if solver == "dopri5":
-        flat = x.double().flatten().cpu().numpy()
-        result = solve_ivp(f_flat, (t_0, t_1), flat, "RK45", rtol=tolerance, atol=tolerance)
+        times = np.linspace(t_0, t_1, steps + 1) if keep else [t_1]
+        result = solve_ivp(f_flat, (t_0, t_1), x.flatten().cpu().double().numpy(), "RK45", times,
+                           rtol=tolerance, atol=tolerance)
         if not result.success:
             raise RuntimeError(f"dopri5 failed: {result.message}")
-        return torch.from_numpy(result.y[:, -1].copy()).to(x).reshape(x.shape), nfe
-    if steps < 1:
-        raise ValueError(f"steps must be at least 1, not {steps}")
-    h = (t_1 - t_0) / steps
-    for i in range(steps):
-        x = SOLVERS[solver](f, x, t_0 + i * h, h)
-    if not x.isfinite().all():
+        frames = torch.from_numpy(result.y.T.copy()).to(x.dtype).to(x.device)
+        frames = frames.reshape(-1, *x.shape)
+    else:
+        frames, h = [x], (t_1 - t_0) / steps
+        for i in range(steps):
+            x = SOLVERS[solver](f, x, t_0 + i * h, h)
+            frames = (frames if keep else []) + [x]
+        frames = torch.stack(frames)
+    if not frames[-1].isfinite().all():
         raise FloatingPointError("the solution is not finite")
-    return x, nfe
+    return (frames if keep else frames[-1]), nfe
 
 
 # ------------------------------------------------------------------------------------------------
@@ -278,49 +288,32 @@ def sample(v, noise, path=ot_path, t_end=1.0, **solver):
     """Noise to data: p_0 = N(0, σ(0)² I) is pushed along v to t_end.
 
     v: callable (x, t), noise: (B, ...) from N(0, I), solver: as for odeint.
-    Returns x_1: (B, ...) and the NFE.  Needs: ot_path, odeint.
+    Returns x_1: (B, ...), or with keep=True the whole way, and the NFE.  Needs: ot_path, odeint.
     """
     sigma_0 = path(torch.zeros(1, device=noise.device))[1]
     return odeint(v, sigma_0 * noise, 0.0, t_end, **solver)
 
 
 @torch.no_grad()
-def trajectory(v, noise, path=ot_path, t_end=1.0, steps=20, **solver):
-    """sample() seen on its way: x at steps + 1 equal times, (steps + 1, B, ...), and the NFE.
+def invert(v, x_1, path=ot_path, t_end=1.0, **solver):
+    """Data to noise, the inverse of sample: the same ODE backward in time.
 
-    Needs: ot_path, odeint.
+    Returns the noise that becomes x_1: (B, ...), and the NFE.  Needs: ot_path, odeint.
     """
-    frames, nfe = [path(torch.zeros(1, device=noise.device))[1] * noise], 0
-    for i in range(steps):
-        t, t_next = i * t_end / steps, (i + 1) * t_end / steps
-        x, evaluations = odeint(v, frames[-1], t, t_next, steps=1, **solver)
-        frames.append(x)
-        nfe += evaluations
-    return torch.stack(frames), nfe
-
-
-@torch.no_grad()
-def invert(v, x_1, t_end=1.0, **solver):
-    """Data to noise: the same ODE backward, from t_end to 0.  Returns x: (B, ...), NFE.
-
-    x is a point of p_0 = N(0, σ(0)² I): divide by σ(0), path(0)[1], for x_0.  Needs: odeint.
-    """
-    return odeint(v, x_1, t_end, 0.0, **solver)
+    x, nfe = odeint(v, x_1, t_end, 0.0, **solver)
+    return x / path(torch.zeros(1, device=x.device))[1], nfe
 
 
 def guided(v, y, scale=1.0):
     """Classifier-free guidance (arXiv 2207.12598): v(x, t, ∅) + scale (v(x, t, y) − v(x, t, ∅)).
 
-    v: callable (x, t, y), y: (B,) labels; y = None is ∅.  scale 1 is plain conditional sampling,
-    with one evaluation of v; otherwise both are evaluated.  Returns a callable (x, t).
+    v: callable (x, t, y), y: (B,) labels; y = None is ∅.  Returns a callable (x, t).  scale 1 is
+    plain conditional sampling and evaluates v once; any other scale evaluates it twice.
     """
 
     def v_guided(x, t):
         conditional = v(x, t, y)
-        if scale == 1:
-            return conditional
-        unconditional = v(x, t, None)
-        return unconditional + scale * (conditional - unconditional)
+        return conditional if scale == 1 else torch.lerp(v(x, t, None), conditional, scale)
 
     return v_guided
 
@@ -330,7 +323,7 @@ def slerp(a, b, s):
 
     a, b: one noise each, of any shape; s: float.
     """
-    angle = torch.acos((a * b).sum() / (a.norm() * b.norm()))
+    angle = torch.acos(((a * b).sum() / (a.norm() * b.norm())).clamp(-1, 1))
     return (torch.sin((1 - s) * angle) * a + torch.sin(s * angle) * b) / torch.sin(angle)
 
 
@@ -422,20 +415,6 @@ class ResBlock(nn.Module):
         return self.attention(self.skip(h) + self.conv2(self.dropout(r)))
 
 
-class Downsample(nn.Conv2d):
-    """Halve height and width: a convolution of stride 2."""
-
-    def forward(self, h, emb):
-        return super().forward(h)
-
-
-class Upsample(nn.Conv2d):
-    """Double height and width: nearest neighbours, then a convolution."""
-
-    def forward(self, h, emb):
-        return super().forward(F.interpolate(h, scale_factor=2.0, mode="nearest"))
-
-
 class UNet(nn.Module):
     """F(x, t, y): (B, C, H, W), (B,), labels (B,) or None -> (B, C, H, W).
 
@@ -445,7 +424,7 @@ class UNet(nn.Module):
     label `classes` (also y = None) meaning "no label"; patch: fold p × p pixels into channels.
     128 × (1, 2, 2, 2), 2 blocks, attention at 16 is the usual CIFAR-10 net: 35.7M parameters.
     Raises ValueError if height or width is not divisible by patch · 2^(levels − 1).
-    Needs: time_embedding, group_norm, zero_, Attention, ResBlock, Downsample, Upsample.
+    Needs: time_embedding, group_norm, zero_, ResBlock.
     """
 
     def __init__(self, channels=3, size=32, width=128, mults=(1, 2, 2, 2), blocks=2,
@@ -472,7 +451,7 @@ class UNet(nn.Module):
                 c = m * width
                 skips.append(c)
             if i < len(mults) - 1:
-                self.down.append(Downsample(c, c, 3, stride=2, padding=1))
+                self.down.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
                 skips.append(c)
         self.middle1, self.middle2 = block(c, c, attention=any(attention)), block(c, c)
         for i, m in reversed(list(enumerate(mults))):
@@ -480,7 +459,8 @@ class UNet(nn.Module):
                 self.up.append(block(c + skips.pop(), m * width, attention=level_attends[i]))
                 c = m * width
             if i > 0:
-                self.up.append(Upsample(c, c, 3, padding=1))
+                double = nn.Upsample(scale_factor=2.0), nn.Conv2d(c, c, 3, padding=1)
+                self.up.append(nn.Sequential(*double))
         self.out_norm = group_norm(c)
         self.out = zero_(nn.Conv2d(c, channels * patch**2, 3, padding=1))
 
@@ -499,11 +479,14 @@ class UNet(nn.Module):
         h = self.stem(F.pixel_unshuffle(x, self.patch))
         skips = [h]
         for module in self.down:
-            h = module(h, emb)
+            h = module(h, emb) if isinstance(module, ResBlock) else module(h)
             skips.append(h)
         h = self.middle2(self.middle1(h, emb), emb)
         for module in self.up:
-            h = module(h if isinstance(module, Upsample) else torch.cat([h, skips.pop()], 1), emb)
+            if isinstance(module, ResBlock):
+                h = module(torch.cat([h, skips.pop()], 1), emb)
+            else:
+                h = module(h)
         return F.pixel_shuffle(self.out(F.silu(self.out_norm(h))), self.patch)
 
 
@@ -546,7 +529,8 @@ def load_torchvision(name, data_dir, size):
     images, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets)
     images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)
     if images.shape[-1] != size:
-        images = torchvision.transforms.functional.resize(images, [size, size], antialias=True)
+        parts = [resize(part, [size, size]) for part in images.split(1000)]  # bounded memory
+        images = torch.cat(parts)
     return images.contiguous(), labels, data.classes
 
 
@@ -579,10 +563,12 @@ def load_folder(folder, data_dir, size):
 
     They are decoded once, into a memory-mapped array in data_dir that need not fit in memory.
     """
-    endings, root = Image.registered_extensions(), Path(folder)
+    root = Path(folder)
+    endings = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     files = sorted(f for f in root.rglob("*") if f.suffix.lower() in endings and f.is_file())
     if not files:
-        raise ValueError(f"{folder} holds no images (files named .png, .jpg, ...)")
+        raise ValueError(f"{folder} is no folder with images (.png, .jpg, ...) and no data set "
+                         f"(digits, {', '.join(TORCHVISION)})")
     tops = [f.relative_to(root).parts[0] for f in files]
     names = sorted(set(tops)) if all(f.parent != root for f in files) else []
     numbers = {name: i for i, name in enumerate(names)}
@@ -597,12 +583,13 @@ def load_folder(folder, data_dir, size):
         mode = "L" if all(map(is_grey, files)) else "RGB"  # stops at the first file in colour
         shape = (len(files), {"L": 1, "RGB": 3}[mode], size, size)
         array = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
-        progress = Progress(len(files), "images decoded")
+        since = time.perf_counter()
         with ThreadPoolExecutor() as pool:
             for i in range(0, len(files), 1024):  # by chunks: bounded memory
                 part = files[i : i + 1024]
                 array[i : i + 1024] = list(pool.map(lambda f: decode(f, size, mode), part))
-                print(f"\r{progress.line(i + len(part))} ", end="", flush=True)
+                line = progress(i + len(part), len(files), since)
+                print(f"\rdecoding {line} ", end="", flush=True)
         print()
         array.flush()
 
@@ -620,6 +607,13 @@ def load_data(name, data_dir, size):
     return load(name, data_dir, size)
 
 
+def progress(done, total, since, begun=0):
+    """A line of progress, since the clock read `since` and `begun` things were done."""
+    rate = max(1, done - begun) / (time.perf_counter() - since)
+    left = timedelta(seconds=int((total - done) / rate))
+    return f"{done:,}/{total:,}  {rate:,.1f}/s  {left} left"
+
+
 def to_float(images):
     """uint8 0..255 to float32 in [-1, 1]."""
     return images.float() / 127.5 - 1
@@ -630,23 +624,17 @@ def to_uint8(x):
     return (127.5 * x + 128).clamp(0, 255).to(torch.uint8)
 
 
-def picture(image):
-    """uint8 (C, H, W), C = 1 or 3, as a Pillow image."""
-    return Image.fromarray(image.permute(1, 2, 0).squeeze(2).numpy())
-
-
 def picture_grid(images, columns):
     """uint8 (N, C, H, W) as one Pillow image, small pixels enlarged."""
-    grid = torchvision.utils.make_grid(images, columns, padding=1, pad_value=128)
-    zoom = max(1, 768 // grid.shape[-1])
-    return picture(grid.repeat_interleave(zoom, 1).repeat_interleave(zoom, 2))
+    grid = to_pil_image(torchvision.utils.make_grid(images, columns, padding=1, pad_value=128))
+    return ImageOps.scale(grid, max(1, 768 // grid.width), Image.NEAREST)
 
 
 def write_atomically(file, write):
     """Let write(temporary) make a file, flush it to the disk and rename it: whole or untouched."""
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f"tmp-{file.name}")
+    temporary = file.with_name(f"tmp-{os.getpid()}-{file.name}")  # another run may write it too
     try:
         write(temporary)
         with open(temporary, "rb+") as f:
@@ -660,19 +648,18 @@ def write_atomically(file, write):
 # §7  Training
 # ------------------------------------------------------------------------------------------------
 
-RECIPES = {  # every value is also a flag; a folder of images takes the last row
-    "digits": dict(size=16, width=32, mults=[1, 2, 2], blocks=1, attention=[], patch=1, dropout=0.0,
-                   batch=32, lr=2e-3, warmup=50, steps=1500, ema=0.995, flip=False),
-    "mnist": dict(size=28, width=64, mults=[1, 2], blocks=1, attention=[], patch=2, dropout=0.0,
-                  batch=64, lr=2e-3, warmup=100, steps=3000, ema=0.998, flip=False),
-    "fashion-mnist": dict(size=28, width=64, mults=[1, 2], blocks=1, attention=[], patch=2,
-                          dropout=0.0, batch=64, lr=2e-3, warmup=100, steps=3000, ema=0.998,
-                          flip=True),
-    "cifar10": dict(size=32, width=128, mults=[1, 2, 2, 2], blocks=2, attention=[16], patch=1,
-                    dropout=0.1, batch=128, lr=2e-4, warmup=5000, steps=400_000, ema=0.9999,
-                    flip=True),
-    "folder": dict(size=32, width=64, mults=[1, 2, 2], blocks=2, attention=[8], patch=1,
-                   dropout=0.0, batch=64, lr=1e-3, warmup=200, steps=20_000, ema=0.999, flip=False),
+RECIPES = {  # what differs from the defaults of CONFIG_FLAGS; every value is also a flag
+    "digits": dict(size=16, width=32, mults=[1, 2, 2], batch=32, lr=2e-3, warmup=50, steps=1500,
+                   ema=0.995),
+    "mnist": dict(size=28, width=64, mults=[1, 2], patch=2, batch=64, lr=2e-3, warmup=100,
+                  steps=3000, ema=0.998),
+    "fashion-mnist": dict(size=28, width=64, mults=[1, 2], patch=2, batch=64, lr=2e-3, warmup=100,
+                          steps=3000, ema=0.998, flip=True),
+    "cifar10": dict(size=32, width=128, mults=[1, 2, 2, 2], blocks=2, attention=[16], dropout=0.1,
+                    batch=128, lr=2e-4, warmup=5000, steps=400_000, ema=0.9999, flip=True,
+                    save_every=5000),
+    "folder": dict(size=32, width=64, mults=[1, 2, 2], blocks=2, attention=[8], batch=64, lr=1e-3,
+                   warmup=200, steps=20_000, ema=0.999, save_every=1000),
 }
 
 
@@ -691,27 +678,24 @@ def draw_batch(images, labels, config, step, device, rank=0, world=1):
     same.  Every rank draws all random numbers and keeps its share of the images.
     """
     torch.manual_seed(seed_from(config["seed"], step))
-    B, where = config["batch"], images.device
-    index = torch.randint(len(images), (B,), device=where)
-    flip = torch.rand(B, device=where) < 0.5
+    B = config["batch"]
+    index = torch.randint(len(images), (B,)).to(images.device)
+    flip, dropped = torch.rand(B) < 0.5, torch.rand(B) < config["label_drop"]  # by sample
     x_0 = torch.randn(B, *images.shape[1:], device=device)
     t = T_END[config["path"]] * torch.rand(B, device=device)
-    dropped = torch.rand(B, device=device) < config["label_drop"]  # sample by sample
     mine = slice(rank * B // world, (rank + 1) * B // world)
     part = slice(B) if config["coupling"] == "ot" else mine  # coupling needs the whole batch
-    x_1 = images[index[part]]
+    x_1 = images[index[part]].to(device, non_blocking=True)
     if config["flip"]:
-        x_1 = torch.where(flip[part, None, None, None], x_1.flip(3), x_1)
-    x_1 = to_float(x_1.to(device, non_blocking=True)).contiguous(memory_format=torch.channels_last)
+        x_1 = torch.where(flip[part, None, None, None].to(device), x_1.flip(3), x_1)
+    x_1 = to_float(x_1).contiguous(memory_format=torch.channels_last)
     y = labels[index].to(device, non_blocking=True) if config["names"] else None
     if config["coupling"] == "ot":
-        x_0, x_1 = ot_coupling(x_0, x_1, y)[mine], x_1[mine]
-    else:
-        x_0 = x_0[mine]
+        x_0[mine], x_1 = ot_coupling(x_0, x_1, y)[mine], x_1[mine]
     if y is not None:
-        y = torch.where(dropped, len(config["names"]), y)[mine]
-    torch.manual_seed(seed_from(config["seed"], step, rank))  # dropout differs between ranks
-    return x_1, y, x_0, t[mine]
+        y = torch.where(dropped.to(device), len(config["names"]), y)[mine]
+    torch.manual_seed(seed_from(config["seed"], step, rank + 1))  # dropout differs between ranks
+    return x_1, y, x_0[mine], t[mine]
 
 
 def learning_rate(config, step):
@@ -735,7 +719,7 @@ def load_checkpoint(file, device="cpu"):
     if not Path(file).is_file():
         raise ValueError(f"there is no checkpoint {file}: train first, or name another")
     try:
-        checkpoint = torch.load(file, map_location=device, weights_only=True)
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         for key in ("model", "optimizer", "scaler", "step"):
             checkpoint[key]
         velocity = build_velocity(checkpoint["config"])
@@ -765,33 +749,32 @@ def start_ranks(device):
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def load_on_each_machine(config, world):
-    """load_data by the first process of each machine (it may download or decode), then the rest."""
-    for turn in (0, 1):
-        if turn == (int(os.environ.get("LOCAL_RANK", 0)) > 0):
-            data = load_data(config["data"], config["data_dir"], config["size"])
-        if world > 1:
-            dist.barrier()
-    return data
-
-
 def train(config, out, device, compiled=False, resume=None, stop=lambda: False):
-    """Train by config (DEFAULTS and a recipe), leaving checkpoint.pt, log.jsonl and grids in out.
+    """Train by config (all of CONFIG_FLAGS, and amp), leaving checkpoint.pt, log.jsonl and grids.
 
-    resume: a checkpoint dict to go on from, exactly.  stop: asked after every step; once true, a
-    checkpoint is written and the run ends.  Raises FloatingPointError, and saves nothing, once a
-    gradient is not finite; ValueError if the batch does not divide by the number of ranks.
+    resume: a checkpoint dict to go on from, to the same bits on a CPU.  stop: asked after every
+    step; once true, a checkpoint is written and the run ends.  Raises FloatingPointError, and
+    saves nothing, once a gradient is not finite (in fp16: at any loss scale); ValueError for a
+    batch that does not divide by the ranks, data without classes, or data changed since resume.
     """
     rank, world, device = start_ranks(device)
     B, steps, amp = config["batch"], config["steps"], config["amp"]
     if B % world:
         raise ValueError(f"--batch {B} is not divisible by {world} ranks")
-    images, labels, names = load_on_each_machine(config, world)
-    some = to_float(images[:: max(1, len(images) // 10_000)])
-    config = config | dict(channels=images.shape[1], data_rms=some.square().mean().sqrt().item(),
-                           names=names if config["classes"] else [])
+    first = os.environ.get("LOCAL_RANK", "0") == "0"  # it downloads or decodes, the others wait
+    if not first:
+        dist.barrier()
+    images, labels, names = load_data(config["data"], config["data_dir"], config["size"])
+    if first and world > 1:
+        dist.barrier()
     if config["classes"] and len(names) < 2:
         raise ValueError(f"--classes: {config['data']} has no class subfolders")
+    squares = [to_float(x).square().mean() for x in images[:: max(1, len(images) // 10_000)]]
+    found = dict(channels=images.shape[1], names=names if config["classes"] else [],
+                 data_rms=torch.stack(squares).mean().sqrt().item())
+    config = found | config  # a resumed run keeps what it was begun with
+    if config["channels"] != found["channels"] or config["names"] != found["names"]:
+        raise ValueError(f"{config['data']} has changed since this run was begun")
 
     torch.manual_seed(config["seed"])
     velocity = build_velocity(config).to(device, memory_format=torch.channels_last)
@@ -800,8 +783,8 @@ def train(config, out, device, compiled=False, resume=None, stop=lambda: False):
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     state = dict(model=velocity, ema=ema, optimizer=optimizer, scaler=scaler)
     start = resume["step"] if resume else 0
-    if resume:
-        for name, part in state.items():
+    for name, part in state.items():
+        if resume and resume[name]:  # the scaler's is empty unless the run was in fp16
             part.load_state_dict(resume[name])
     model = velocity  # the bare module is what is saved and averaged: no "_orig_mod." in the names
     if world > 1:
@@ -816,8 +799,11 @@ def train(config, out, device, compiled=False, resume=None, stop=lambda: False):
     out, log = Path(out), Path(out, "log.jsonl")
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
+        for debris in out.glob("tmp-*"):  # of a killed run
+            debris.unlink()
         lines = log.read_text().splitlines(True) if resume and log.exists() else []
-        log.write_text("".join(x for x in lines if json.loads(x)["step"] <= start))
+        whole = (x for x in lines if x.endswith("}\n"))
+        log.write_text("".join(x for x in whole if json.loads(x)["step"] <= start))
         millions = sum(p.numel() for p in ema.parameters()) / 1e6
         print(f"{config['data']}: {len(images):,} images of {tuple(images.shape[1:])}; path "
               f"{config['path']}; {millions:.2f}M parameters; {world} x {device}, amp {amp}, "
@@ -825,7 +811,7 @@ def train(config, out, device, compiled=False, resume=None, stop=lambda: False):
               f"epochs; EMA decay {config['ema']}; writing {out}/")
     path, t_end = PATHS[config["path"]], T_END[config["path"]]
     loss_sum, bad_step = torch.zeros(2, device=device), torch.full((), -1, device=device)
-    progress = Progress(steps, "steps", start)
+    begun, since = start, time.perf_counter()
     for step in range(start + 1, steps + 1):  # between log lines nothing waits for the device
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
@@ -845,71 +831,42 @@ def train(config, out, device, compiled=False, resume=None, stop=lambda: False):
         bad_step = torch.where(good | (bad_step >= 0), bad_step, step)
 
         stopping = stop()
-        if world > 1:  # ranks must leave together: they agree on it at every tenth step
-            flag = torch.tensor(float(stopping), device=device)
-            stopping = step % 10 == 0 and (dist.all_reduce(flag), flag.item())[1] > 0
+        if world > 1:  # ranks must leave together: they agree at every tenth step
+            flag = torch.tensor(float(stopping), device=device) if step % 10 == 0 else None
+            stopping = flag is not None and (dist.all_reduce(flag) or flag.item() > 0)
         saving = stopping or step % config["save_every"] == 0 or step == steps
-        if saving or step % config["log_every"] == 0:
-            if bad_step >= 0:
-                raise FloatingPointError(f"the gradient of step {bad_step.item()} is not finite; "
-                                         "the last checkpoint is kept: try a lower --lr")
-            if world > 1:
-                dist.all_reduce(loss_sum)
-            line = dict(step=step, loss=(loss_sum[0] / loss_sum[1]).item(),
-                        images_per_second=round(B * progress.rate(step), 1))
-            loss_sum.zero_()
-            if rank == 0:
-                print(f"{progress.line(step, B)}  loss {line['loss']:.4f}  "
-                      f"peak {peak_memory(device) / 2**30:.2f} GiB", flush=True)
-                with open(log, "a") as f:
-                    f.write(json.dumps(line) + "\n")
-            if rank == 0 and saving:
-                parts = {name: part.state_dict() for name, part in state.items()}
-                parts |= dict(step=step, config=config)
-                write_atomically(out / "checkpoint.pt", functools.partial(torch.save, parts))
-            progress.restart(step)
-        if rank == 0 and (step % config["sample_every"] == 0 or step == steps):
+        if not saving and step % config["log_every"]:
+            continue
+        bad = step if scaler.is_enabled() and scaler.get_scale() < 1 else bad_step.item()
+        if bad >= 0:
+            raise FloatingPointError(f"the gradient of step {bad} is not finite; the last "
+                                     "checkpoint is kept: try a lower --lr")
+        if world > 1:
+            dist.all_reduce(loss_sum)
+        loss = (loss_sum[0] / loss_sum[1]).item()
+        loss_sum.zero_()
+        if rank == 0:
+            rate = B * (step - begun) / (time.perf_counter() - since)
+            memory = (f"  peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
+                      if device.type == "cuda" else "")
+            print(f"step {progress(step, steps, since, begun)}  {rate:,.0f} images/s  "
+                  f"loss {loss:.4f}{memory}", flush=True)
+            with open(log, "a") as f:
+                f.write(json.dumps(dict(step=step, loss=loss, images_per_second=rate)) + "\n")
+        if rank == 0 and saving:
+            parts = {name: part.state_dict() for name, part in state.items()}
+            parts |= dict(step=step, config=config)
+            write_atomically(out / "checkpoint.pt", functools.partial(torch.save, parts))
             noise = draw_noise(0, range(64), images.shape[1:]).to(device)
-            with autocast(device, amp):
-                x, _ = sample(ema, noise, path, t_end)
+            with autocast(device, amp):  # with classes too, of no class
+                x, _ = sample(functools.partial(ema, y=None), noise, path, t_end, steps=10)
             grid = picture_grid(to_uint8(x).cpu(), 8)
             write_atomically(out / f"step-{step:06d}.png", grid.save)
-            progress.restart(step)
         if stopping:
             break
-    if world > 1:
+        begun, since = step, time.perf_counter()
+    if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def peak_memory(device):
-    """Bytes: of the GPU's memory under CUDA, of the process elsewhere (0 where it is unknown)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return 0
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
-
-
-class Progress:
-    """Rate and time left for `total` things, from those done since the last restart."""
-
-    def __init__(self, total, what, done=0):
-        self.total, self.what = total, what
-        self.restart(done)
-
-    def restart(self, done):
-        self.start, self.done = time.perf_counter(), done
-
-    def rate(self, done):
-        return max(1, done - self.done) / (time.perf_counter() - self.start)
-
-    def line(self, done, unit=1):
-        left = timedelta(seconds=int((self.total - done) / self.rate(done)))
-        return (f"{done:,}/{self.total:,} {self.what}  {unit * self.rate(done):,.1f} images/s  "
-                f"{left} left")
 
 
 # ------------------------------------------------------------------------------------------------
@@ -929,40 +886,37 @@ def toy_data(name):
 
 
 def measure_paths(means, tau, particles=1000, seed=0):
-    """How well few evaluations follow the exact field: a list of dicts, one per path and solve.
+    """How well few evaluations follow the exact field: path -> list of dicts, one per solve.
 
-    landed: share of particles within 3τ of a mean; mse: mean squared distance of their end from
-    that of 1000 steps of rk4.
+    landed: share of particles within 3τ of a mean; mse: mean squared distance, per coordinate, of
+    their ends from those of 1000 steps of rk4.
     """
-    table, noise = [], draw_noise(seed, range(particles), (2,))
+    table, noise = {}, draw_noise(seed, range(particles), (2,))
     for name, path in PATHS.items():
         v = functools.partial(marginal_velocity, path, means=means, tau=tau)
         exact, _ = sample(v, noise, path, T_END[name], solver="rk4", steps=1000)
+        table[name] = []
         for solver, stages in (("euler", 1), ("midpoint", 2), ("rk4", 4)):
-            for evaluations in (8, 12, 20, 40, 60, 100):
-                x, nfe = sample(v, noise, path, T_END[name], solver=solver,
-                                steps=evaluations // stages)
+            for steps in (n // stages for n in (8, 12, 20, 40, 60, 100)):
+                x, nfe = sample(v, noise, path, T_END[name], solver=solver, steps=steps)
                 landed = (torch.cdist(x, means).amin(1) < 3 * tau).float().mean().item()
                 mse = (x - exact).square().mean().item()
-                table.append(dict(path=name, solver=solver, nfe=nfe, landed=landed, mse=mse))
+                table[name].append(dict(solver=solver, nfe=nfe, landed=landed, mse=mse))
     return table
 
 
 def evaluations_ratio(table, solver="euler"):
     """Evaluations that ot needs over those of vp at equal error: geometric mean, log-log."""
-    curves = {}
-    for name in ("ot", "vp"):
-        rows = [row for row in table if (row["path"], row["solver"]) == (name, solver)]
-        curves[name] = np.log([[row["nfe"], row["mse"]] for row in rows])[::-1].T  # mse rising
-    nfe, mse = curves["vp"]
-    ot_nfe, ot_mse = curves["ot"]
-    both = (mse >= ot_mse[0]) & (mse <= ot_mse[-1])  # no extrapolation
-    return np.exp(np.mean(np.interp(mse[both], ot_mse, ot_nfe) - nfe[both]))
+    curves = {name: np.log([[row["mse"], row["nfe"]] for row in rows if row["solver"] == solver])
+              for name, rows in table.items()}
+    ot, vp = curves["ot"][::-1], curves["vp"][::-1]  # np.interp wants a rising error
+    vp = vp[(vp[:, 0] >= ot[0, 0]) & (vp[:, 0] <= ot[-1, 0])]  # no extrapolation
+    return np.exp(np.mean(np.interp(vp[:, 0], *ot.T) - vp[:, 1]))
 
 
 def draw_paths(means, tau, particles=400, seed=0, size=300):
-    """Rows: paths.  Columns: p_t with particles riding the field, and the lines to one x_1."""
-    scale, times = 2, [0, 0.25, 0.5, 0.75, 1]  # drawn at twice the size, then averaged down
+    """A picture.  Rows: paths.  Columns: p_t with particles on the field; lines to one x_1."""
+    scale = 2  # drawn at twice the size, then averaged down
     pad, top, panel = 12 * scale, 40 * scale, size * scale
     width, height = pad + 6 * (panel + pad), 3 * (panel + top) + pad
     canvas = Image.new("RGB", (width, height), "white")
@@ -970,41 +924,30 @@ def draw_paths(means, tau, particles=400, seed=0, size=300):
     noise = draw_noise(seed, range(particles), (2,))
     for row, (name, path) in enumerate(PATHS.items()):
         v = functools.partial(marginal_velocity, path, means=means, tau=tau)
-        x, _ = trajectory(v, noise, path, T_END[name], steps=100, solver="rk4")
+        x, _ = sample(v, noise, path, T_END[name], solver="rk4", steps=100, keep=True)
         t = torch.linspace(0, T_END[name], 101)
         alpha, sigma = (c[:, None, None] for c in path(t)[:2])
         lines = alpha * means[1] + sigma * noise[:16]  # ψ_t(x_0) for one x_1
-        for column, now in enumerate([int(100 * t) for t in times] + [None]):
+        panels = [(f"t = {i / 100:g}", i, x[: i + 1, :24], x[i]) for i in (0, 25, 50, 75, 100)]
+        panels.append(("lines to one x_1", 0, lines, lines[::10].flatten(0, 1)))  # spacing: speed
+        for column, (title, i, ways, dots) in enumerate(panels):
+            half = max(3.0, 2 * alpha[i].item() + 3 * sigma[i].item())  # axes from −half to half
+            axis = torch.linspace(-half, half, 150)
+            grid = torch.stack(torch.meshgrid(axis, -axis, indexing="xy"), -1).reshape(-1, 1, 2)
+            variance = (alpha[i] * tau) ** 2 + sigma[i] ** 2
+            p = (-(grid - alpha[i] * means).square().sum(2) / (2 * variance)).exp().sum(1)
+            shade = 255 - (p / p.max()).sqrt().reshape(150, 150, 1) * torch.tensor([165, 105, 35])
+            board = Image.fromarray(shade.byte().numpy()).resize((panel, panel), Image.BILINEAR)
+            draw, zoom = ImageDraw.Draw(board), panel / (2 * half)
+            for way in ((ways * torch.tensor([1, -1]) + half) * zoom).transpose(0, 1):
+                draw.line(way.flatten().tolist(), "#d35400", scale)
+            for dot in ((dots * torch.tensor([1, -1]) + half) * zoom).tolist():
+                draw.circle(dot, 1.5 * scale, "#202020")
             left, upper = pad + column * (panel + pad), top + row * (panel + top)
-            at = 0 if now is None else now  # the line panel shows all times: the largest scale
-            half = max(3.0, 2 * alpha[at].item() + 3 * sigma[at].item())  # axes from −half to half
-            board = Image.new("RGB", (panel, panel), "white")
-            draw, unit = ImageDraw.Draw(board), panel / (2 * half)
-            pixel = lambda p: ((p[..., 0] + half) * unit, (half - p[..., 1]) * unit)
-            dots = lambda p, radius, fill: [draw.circle((a.item(), b.item()), radius * scale, fill)
-                                            for a, b in zip(*pixel(p))]
-            if now is not None:
-                axis = torch.linspace(-half, half, 150)
-                grid = torch.stack(torch.meshgrid(axis, -axis, indexing="xy"), -1).reshape(-1, 1, 2)
-                variance = (alpha[at] * tau) ** 2 + sigma[at] ** 2
-                p = (-(grid - alpha[at] * means).square().sum(2) / (2 * variance)).exp().sum(1)
-                shade = (p / p.max()).sqrt().reshape(150, 150, 1).numpy()
-                shade = (255 - shade * (255 - np.array([90, 150, 220]))).astype(np.uint8)
-                board.paste(Image.fromarray(shade).resize((panel, panel), Image.BILINEAR))
-            followed = lines if now is None else x[: now + 1, :24]
-            for way in followed.transpose(0, 1):
-                points = torch.stack(pixel(way), 1).flatten().tolist()
-                draw.line(points, "#c0392b" if now is None else "#e08a30", scale)
-            if now is None:
-                dots(lines[::10].flatten(0, 1), 2, "#c0392b")  # equal times: their spacing is speed
-                dots(means[1:2], 5, "black")
-            else:
-                dots(x[now], 1.5, "#202020")
             canvas.paste(board, (left, upper))
             pen.rectangle((left, upper, left + panel, upper + panel), None, "#808080", scale)
-            what = f"{name}, lines to one x_1" if now is None else f"{name}, t = {times[column]:g}"
-            pen.text((left, upper - 30 * scale), what, "black", font)
-            pen.text((left + panel, upper - 30 * scale), f"axes ±{half:.3g}", "#808080", font, "ra")
+            pen.text((left, upper - 30 * scale), f"{name}, {title}", "black", font)
+            pen.text((left + panel, upper - 30 * scale), f"±{half:.3g}", "#808080", font, "ra")
     return canvas.resize((width // scale, height // scale), Image.LANCZOS)
 
 
@@ -1029,12 +972,8 @@ def number(kind, low, high=10**12):
             raise argparse.ArgumentTypeError(f"{text} is not from {low:g} to {high:g}")
         return value
 
-    parse.__name__ = kind.__name__
+    parse.__name__ = kind.__name__  # for argparse's own message
     return parse
-
-
-COUNT, WHOLE, POSITIVE = number(int, 1), number(int, 0), number(float, 1e-12)
-FRACTION = number(float, 0, 1)
 
 
 def counts(text):
@@ -1042,6 +981,8 @@ def counts(text):
     return [] if text == "none" else [COUNT(part) for part in text.split(",")]
 
 
+COUNT, WHOLE, POSITIVE = number(int, 1), number(int, 0), number(float, 1e-12)
+FRACTION = number(float, 0, 1)
 OUT_FLAGS = {  # flag: (default, type or choices, help)
     "out": (None, str, "what to write; default: runs/DATA-PATH for train, samples.png beside the "
             "checkpoint for sample, paths.png for paths"),
@@ -1052,35 +993,34 @@ DEVICE_FLAGS = {
     "amp": (None, ["bf16", "fp16", "off"], "mixed precision; default: bf16 or fp16, whichever is "
             "native, on CUDA; off elsewhere"),
 }
-CONFIG_FLAGS = {  # a run is a function of these (and --amp); they are kept in its checkpoint
+CONFIG_FLAGS = {  # a run is a function of these and --amp; they are kept in its checkpoint
     "data": ("digits", str, f"digits, {', '.join(TORCHVISION)}, or a folder of images"),
     "path": ("ot", list(PATHS), "probability path"),
-    "data_dir": ("data", str, "where downloads and decoded folders are kept"),
-    "size": (None, COUNT, "height and width of the images, pixels"),
-    "width": (None, COUNT, "channels at full resolution, a multiple of 4"),
-    "mults": (None, counts, "multiples of the width, one per level, such as 1,2,2"),
-    "blocks": (None, COUNT, "residual blocks per level"),
-    "attention": (None, counts, "heights (after patching) at which to attend, such as 16,8; none"),
-    "patch": (None, COUNT, "fold PATCH x PATCH pixels into channels: faster"),
-    "dropout": (None, FRACTION, "share of activations dropped in residual blocks"),
-    "batch": (None, COUNT, "images per step, over all ranks"),
-    "lr": (None, POSITIVE, "peak learning rate of AdamW"),
-    "warmup": (None, WHOLE, "steps of linear warm-up"),
-    "steps": (None, COUNT, "training steps"),
-    "ema": (None, FRACTION, "decay per step of the averaged weights"),
-    "flip": (None, bool, "mirror images at random"),
     "classes": (False, bool, "learn to make images of a given class"),
-    "label_drop": (0.1, FRACTION, "share of samples trained without their label, for guidance"),
     "coupling": ("independent", ["independent", "ot"], "of noise and images in a batch: as in the "
-                 "paper, or minibatch optimal transport (straighter paths)"),
+                 "paper, or minibatch optimal transport"),
+    "data_dir": ("data", str, "where downloads and decoded folders are kept"),
+    "size": (16, COUNT, "height and width of the images, pixels"),
+    "width": (32, COUNT, "channels at full resolution, a multiple of 4"),
+    "mults": ([1, 2, 2], counts, "multiples of the width, one per level"),
+    "blocks": (1, COUNT, "residual blocks per level"),
+    "attention": ([], counts, "heights of feature maps at which to attend, such as 16,8; or none"),
+    "patch": (1, COUNT, "fold PATCH x PATCH pixels into channels: faster"),
+    "dropout": (0.0, FRACTION, "share of activations dropped in residual blocks"),
+    "label_drop": (0.1, FRACTION, "share of samples trained without their label, for guidance"),
+    "batch": (32, COUNT, "images per step, over all ranks"),
+    "lr": (2e-3, POSITIVE, "peak learning rate of AdamW"),
+    "warmup": (50, WHOLE, "steps of linear warm-up"),
     "decay": ("linear", ["linear", "none"], "fall of the learning rate to 0"),
+    "steps": (1500, COUNT, "training steps"),
+    "ema": (0.995, FRACTION, "decay per step of the averaged weights"),
+    "flip": (False, bool, "mirror images at random"),
     "clip": (1.0, POSITIVE, "largest norm of the gradient"),
     "seed": (0, WHOLE, "of everything random"),
     "log_every": (50, COUNT, "steps between log lines"),
-    "sample_every": (300, COUNT, "steps between sample grids"),
-    "save_every": (300, COUNT, "steps between checkpoints"),
+    "save_every": (500, COUNT, "steps between checkpoints, each with a grid of samples"),
 }
-FREE_ON_RESUME = {"steps", "data_dir", "amp", "log_every", "sample_every", "save_every"}
+FREE_ON_RESUME = {"steps", "data_dir", "amp", "log_every", "save_every"}
 TRAIN_FLAGS = CONFIG_FLAGS | DEVICE_FLAGS | OUT_FLAGS | {
     "compile": (None, bool, "torch.compile; default: on CUDA only"),
     "resume": (False, bool, "go on with the run in --out; default: the newest in runs/"),
@@ -1130,134 +1070,134 @@ def newest_checkpoint():
 
 
 def run_train(args, given):
-    """The train command; given: the flags that were named, args: those and the defaults."""
+    """Learn to make images from noise.
+
+    examples:
+      flow_matching.py train --path ot
+      flow_matching.py train --data photos/ --size 64 --out runs/photos
+      flow_matching.py train --resume
+    """
     device = pick_device(args.device)
-    recipe = RECIPES.get(args.data, RECIPES["folder"])
-    flags = {k: getattr(args, k) for k in CONFIG_FLAGS}
-    config = {k: recipe.get(k) if v is None else v for k, v in flags.items()}
-    config["amp"] = pick_amp(args.amp, device)
-    out = Path(args.out or f"runs/{Path(args.data).resolve().name}-{args.path}")
-    resume = None
+    given = {k: v for k, v in given.items() if k in CONFIG_FLAGS or k == "amp"}
+    config = {k: v[0] for k, v in CONFIG_FLAGS.items()} | dict(amp=pick_amp(args.amp, device))
+    config |= RECIPES.get(args.data, RECIPES["folder"]) | given
+    out, resume = Path(args.out or f"runs/{Path(args.data).resolve().name}-{args.path}"), None
     if args.resume:
-        if not given.keys() & {"out", "data", "path"}:
+        if not (args.out or given.keys() & {"data", "path"}):
             out = newest_checkpoint().parent
         resume, _ = load_checkpoint(out / "checkpoint.pt")
-        config = resume["config"] | {k: v for k, v in given.items() if k in config}
-        for k in config.keys() - FREE_ON_RESUME:
-            if config[k] != resume["config"][k]:
+        config = resume["config"] | given
+        for k in given.keys() - FREE_ON_RESUME:
+            if given[k] != resume["config"][k]:
                 raise ValueError(f"{out} was begun with --{k.replace('_', '-')} "
                                  f"{resume['config'][k]}, which --resume cannot change")
     elif (out / "checkpoint.pt").exists() and not args.overwrite:
         raise ValueError(f"{out} already holds a run: go on with --resume, replace it with "
                          "--overwrite, or name another --out")
-    if config["data"] not in ("digits", *TORCHVISION) and not Path(config["data"]).is_dir():
-        raise ValueError(f"--data {config['data']} is neither a folder of images nor digits, "
-                         + ", ".join(TORCHVISION))
     with torch.device("meta"):  # refuses a bad shape before any work
         build_velocity(dict(channels=1, data_rms=1.0, names=[]) | config)
 
-    signals = []
-
-    def remember(number, frame):
-        signal.signal(number, signal.SIG_DFL)  # a second one stops at once
-        signals.append(number)
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, remember)
+    caught = []  # the first signal asks for a checkpoint, a second one stops at once
+    for which in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(which, lambda n, _: (caught.append(n), signal.signal(n, signal.SIG_DFL)))
     compiled = device.type == "cuda" if args.compile is None else args.compile
-    train(config, out, device, compiled, resume, stop=lambda: bool(signals))
-    if signals:
+    train(config, out, device, compiled, resume, stop=lambda: bool(caught))
+    if caught:
         print(f"stopped; go on with: python flow_matching.py train --resume --out {out}")
-        sys.exit(128 + signals[0])
+        sys.exit(128 + caught[0])
 
 
 def run_sample(args, given):
-    """The sample command: a grid, a film, or one PNG per image."""
+    """Make images from the EMA weights of a checkpoint: a grid, a film, or one PNG per image.
+
+    examples:
+      flow_matching.py sample --steps 20
+      flow_matching.py sample --n 10000 --out images/
+      flow_matching.py sample --out film.gif
+      flow_matching.py sample --label 3 --guidance 2      (after train --classes)
+    """
     device = pick_device(args.device)
-    file = Path(args.ckpt or newest_checkpoint())
+    file, amp = Path(args.ckpt or newest_checkpoint()), pick_amp(args.amp, device)
     checkpoint, velocity = load_checkpoint(file, device)
     config = checkpoint["config"]
     names, path, t_end = config["names"], PATHS[config["path"]], T_END[config["path"]]
     out = Path(args.out or file.parent / "samples.png")
-    kind, amp = out.suffix.lower(), pick_amp(args.amp, device)
+    kind = out.suffix.lower()
     if args.out and not args.overwrite and (out.is_file() or out.is_dir() and any(out.iterdir())):
         raise ValueError(f"{out} already exists: replace it with --overwrite, or name another")
-    if args.trajectory and kind != ".png" or kind == ".gif" and args.interpolate:
-        raise ValueError("--trajectory needs a .png to draw; a .gif shows no --interpolate")
+    if kind not in ("", ".png", ".gif") or kind != ".png" and args.trajectory:
+        raise ValueError("--out is NAME.png (--trajectory needs it), NAME.gif or a directory")
     if not names and given.keys() & {"label", "guidance"}:
         raise ValueError("--label and --guidance need a model trained with --classes")
-    label = None
-    if args.label is not None:
-        known = {**{str(i): i for i in range(len(names))}, **{k: i for i, k in enumerate(names)}}
-        if args.label not in known:
-            raise ValueError(f"--label {args.label}: this model knows {', '.join(names)}")
-        label = known[args.label]
-
-    every = len(names) if label is None else 0  # one row for each class, unless one was named
-    n = args.n or (8 * max(1, every) if every or args.trajectory else 64)
-    if args.interpolate:
-        n = max(1, n // args.interpolate) * args.interpolate
-    columns = args.interpolate or math.ceil(n / every if every else math.sqrt(n))
-    rows = math.ceil(n / columns)
+    known = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
+    if args.label is not None and args.label not in known:
+        raise ValueError(f"--label {args.label}: this model knows {', '.join(names)}")
     print(f"{file}: step {checkpoint['step']:,}, path {config['path']}, EMA weights (decay "
           f"{config['ema']})")
+
+    rows = len(names) if args.label is None else 0  # a row for each class, unless one was named
+    n = args.n or (8 * max(1, rows) if rows or args.trajectory else 64)
+    columns = args.interpolate or (max(1, n // rows) if rows else math.ceil(math.sqrt(n)))
+    n = max(1, n // columns) * columns if args.interpolate else n
     shape = (config["channels"], config["size"], config["size"])
-    solver = dict(solver=args.solver, steps=args.steps, tolerance=args.tolerance)
+    film = args.trajectory or kind == ".gif"
+    solver = dict(solver=args.solver, steps=args.steps, tolerance=args.tolerance, keep=film)
 
     def noise(i):
         if not args.interpolate:
             return draw_noise(args.seed, [i], shape)[0]
-        row, column = divmod(i, args.interpolate)
+        row, column = divmod(i, columns)
         ends = draw_noise(args.seed, [2 * row, 2 * row + 1], shape)
-        return slerp(*ends, column / (args.interpolate - 1))
+        return slerp(*ends, column / (columns - 1))
 
     def make(numbers):  # uint8 frames (F, b, C, H, W), of which the last is the images; NFE
-        x_0 = torch.stack([noise(i) for i in numbers]).to(device)
-        y = [label if label is not None else i // columns * every // rows for i in numbers]
+        y = [known[args.label] if args.label else i // columns % rows for i in numbers if names]
         y = torch.tensor(y, device=device) if names else None
-        v = guided(velocity, y, args.guidance)
         with autocast(device, amp):
-            if not (args.trajectory or kind == ".gif"):
-                x, nfe = sample(v, x_0, path, t_end, **solver)
-                return to_uint8(x)[None].cpu(), nfe
-            x, nfe = trajectory(v, x_0, path, t_end, **solver)
-        sigma = path(torch.linspace(0, t_end, len(x), device=device))[1]
-        return to_uint8(x / sigma.clamp(min=1).reshape(-1, 1, 1, 1, 1)).cpu(), nfe  # ve: fits
+            x, nfe = sample(guided(velocity, y, args.guidance),
+                            torch.stack([noise(i) for i in numbers]).to(device), path, t_end,
+                            **solver)
+        if film:  # the noise of ve, to 150, is scaled down to be seen
+            sigma = path(torch.linspace(0, t_end, len(x), device=device))[1]
+            x = x / sigma.clamp(min=1).reshape(-1, 1, 1, 1, 1)
+        return to_uint8(x if film else x[None]).cpu(), nfe * (1 if args.guidance == 1 else 2)
 
+    parts, nfe_sum, since = [], 0, time.perf_counter()
     batch = args.batch or max(1, min(512, 2**25 // (config["width"] * shape[1] * shape[2])))
-    progress, parts, nfe_sum, written = Progress(n, "images"), [], 0, []
-    with ThreadPoolExecutor(2) as pool:  # writes PNGs while the next batch is made
-        for i in range(0, n, batch):
-            numbers = range(i, min(i + batch, n))
-            frames, nfe = make(numbers)
-            nfe_sum += nfe * len(numbers)
-            if kind in (".png", ".gif"):
-                parts.append(frames)
-            else:
-                files = [out / f"{j:06d}.png" for j in numbers]
-                written.append(pool.map(lambda image, file: write_atomically(
-                    file, picture(image).save), frames[-1], files))
-            print(f"\r{progress.line(numbers.stop)} ", end="", flush=True)
-    for results in written:
-        list(results)  # raises what a writer raised
-    if parts:
+    if not kind:
+        for old in out.glob("[0-9]*.png"):  # --overwrite: no mixture of two runs
+            old.unlink()
+        out.mkdir(parents=True, exist_ok=True)
+    for i in range(0, n, batch):
+        numbers = range(i, min(i + batch, n))
+        frames, nfe = make(numbers)
+        nfe_sum += nfe * len(numbers)
+        if kind:
+            parts.append(frames)
+        else:
+            for j, image in zip(numbers, frames[-1]):
+                to_pil_image(image).save(out / f"{j:06d}.png")
+        print(f"\r{progress(numbers.stop, n, since)} ", end="", flush=True)
+    if kind:
         frames = torch.cat(parts, 1)
         if args.trajectory:  # a row for each image, time from left to right
-            shown = frames[np.linspace(0, args.steps, min(args.steps, 10) + 1).round().astype(int)]
-            grid = picture_grid(shown.transpose(0, 1).flatten(0, 1), len(shown))
-            write_atomically(out, grid.save)
-        elif kind == ".gif":
-            film = [picture_grid(f, columns) for f in frames]
-            write_atomically(out, lambda file: film[0].save(
-                file, save_all=True, append_images=film[1:] + film[-1:] * 20, duration=60, loop=0))
-        else:
-            write_atomically(out, picture_grid(frames[-1], columns).save)
+            at = torch.linspace(0, args.steps, min(args.steps, 10) + 1).round().long()
+            frames, columns = frames[at].transpose(0, 1).flatten(0, 1)[None], len(at)
+        grids = [picture_grid(f, columns) for f in frames]
+        more = {} if kind == ".png" else dict(
+            save_all=True, append_images=grids[1:] + grids[-1:] * 20, duration=60, loop=0)
+        write_atomically(out, lambda temporary: grids[0].save(temporary, **more))
     print(f"\n{out}: {n:,} images, {args.solver}, NFE {nfe_sum / n:g}, amp {amp}, "
-          f"{time.perf_counter() - progress.start:.1f} s")
+          f"{time.perf_counter() - since:.1f} s")
 
 
 def run_paths(args, given):
-    """The paths command: a picture and a table."""
+    """Draw the theory: the exact field of Eq. 8, as a picture and a table, without a network.
+
+    examples:
+      flow_matching.py paths
+      flow_matching.py paths --data checkerboard --out board.png
+    """
     out = Path(args.out or "paths.png")
     if args.out and out.exists() and not args.overwrite:
         raise ValueError(f"{out} already exists: replace it with --overwrite, or name another")
@@ -1265,45 +1205,35 @@ def run_paths(args, given):
     table = measure_paths(means, tau, seed=args.seed)
     print("landed: share of particles within 3 tau; error: mean squared, against 1000 rk4 steps\n"
           "solver    NFE" + "".join(f"   {name} landed  error  " for name in PATHS))
-    for row in table[: len(table) // len(PATHS)]:
-        same = [r for r in table if (r["solver"], r["nfe"]) == (row["solver"], row["nfe"])]
-        print(f"{row['solver']:9}{row['nfe']:4}" +
-              "".join(f"    {r['landed']:7.1%}  {r['mse']:.1e}" for r in same))
+    for rows in zip(*table.values()):
+        print(f"{rows[0]['solver']:9}{rows[0]['nfe']:4}" +
+              "".join(f"    {row['landed']:7.1%}  {row['mse']:.1e}" for row in rows))
     print(f"at equal error, ot needs {evaluations_ratio(table):.0%} of vp's evaluations (euler)")
     write_atomically(out, draw_paths(means, tau, seed=args.seed).save)
     print(f"wrote {out}")
 
 
-COMMANDS = {
-    "train": (run_train, TRAIN_FLAGS, "Learn to make images from noise.",
-              "flow_matching.py train --path ot\n"
-              "flow_matching.py train --data photos/ --size 64 --out runs/photos"),
-    "sample": (run_sample, SAMPLE_FLAGS, "Make images from the EMA weights of a checkpoint.",
-               "flow_matching.py sample --steps 20\n"
-               "flow_matching.py sample --n 10000 --out images/\n"
-               "flow_matching.py sample --label 3 --guidance 2   (after train --classes)"),
-    "paths": (run_paths, PATHS_FLAGS, "Draw the theory: the exact field of Eq. 8, no network.",
-              "flow_matching.py paths --data checkerboard"),
-}
+COMMANDS = {"train": (run_train, TRAIN_FLAGS), "sample": (run_sample, SAMPLE_FLAGS),
+            "paths": (run_paths, PATHS_FLAGS)}
 
 
 def build_parser():
     parser = Parser(prog="flow_matching.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for name, (run, flags, text, examples) in COMMANDS.items():
+    for name, (run, flags) in COMMANDS.items():
+        text = inspect.cleandoc(run.__doc__)
         if run is run_train:
-            examples += "\n\nrecipes (--data: defaults; folder is for any folder of images):\n"
-            examples += "\n".join(f"  {k}: {v}" for k, v in RECIPES.items())
-        p = commands.add_parser(name, help=text, description=text, epilog="examples:\n" + examples,
+            text += "\n\nrecipes, by --data, replace the defaults below (folder: any folder):\n"
+            text += "\n".join(f"  {k}: {v}" for k, v in RECIPES.items())
+        p = commands.add_parser(name, help=text.split("\n")[0], description=text,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
         p.set_defaults(run=run, error=p.error, flags=flags)
-        for flag, (default, kind, text) in flags.items():
-            if default is not None or "default" not in text:
-                text += f" (default: {'by recipe' if default is None else default})"
+        for flag, (default, kind, what) in flags.items():
+            what += f" (default: {default})" if default is not None else ""
             how = (dict(action=argparse.BooleanOptionalAction) if kind is bool else
                    dict(choices=kind) if isinstance(kind, list) else
                    dict(type=kind, metavar=flag.upper()))
-            p.add_argument("--" + flag.replace("_", "-"), help=text, **how)
+            p.add_argument("--" + flag.replace("_", "-"), help=what, **how)
     return parser
 
 
@@ -1315,8 +1245,8 @@ def main(argv=None):
     defaults = {k: v[0] for k, v in args.flags.items()}
     try:
         args.run(argparse.Namespace(**defaults | given), given)
-    except torch.OutOfMemoryError:
-        args.error("out of memory: lower --batch")
+    except (torch.OutOfMemoryError, MemoryError):
+        args.error("out of memory: lower --batch or --size")
     except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
         args.error(error)
     except KeyboardInterrupt:

@@ -193,21 +193,19 @@ def table():
 def test_ot_needs_60_percent_of_vp_evaluations(table):
     """The paper's Fig. 7 claim, on the exact field; 8% is the spread over particles' seeds."""
     assert 0.52 < fm.evaluations_ratio(table) < 0.68
-    ot, vp = ([r for r in table if r["path"] == name and r["solver"] == "euler"]
-              for name in ("ot", "vp"))
+    ot, vp = ([r for r in table[name] if r["solver"] == "euler"] for name in ("ot", "vp"))
     assert all(a["mse"] < b["mse"] and a["nfe"] == b["nfe"] for a, b in zip(ot, vp))
 
 
 def test_particles_land_where_the_data_is(table):
-    finest = [r["landed"] for r in table if r["nfe"] == 100]
+    finest = [r["landed"] for rows in table.values() for r in rows if r["nfe"] == 100]
     # 98.9% of a 2-D Gaussian lie within 3 tau; 400 particles: 0.5% standard error
     assert len(finest) == 9 and all(abs(landed - 0.989) < 0.02 for landed in finest)
 
 
 def test_evaluations_ratio_of_known_curves():
-    rows = lambda path, c: [dict(path=path, solver="euler", nfe=n, mse=(c * n) ** -2.0)
-                            for n in (8, 16, 32, 64)]
-    assert fm.evaluations_ratio(rows("ot", 2) + rows("vp", 1)) == pytest.approx(0.5)
+    rows = lambda c: [dict(solver="euler", nfe=n, mse=(c * n) ** -2.0) for n in (8, 16, 32, 64)]
+    assert fm.evaluations_ratio(dict(ot=rows(2), vp=rows(1))) == pytest.approx(0.5)
 
 
 def test_the_checkerboard_has_half_its_fields_filled():
@@ -222,6 +220,10 @@ def test_the_checkerboard_has_half_its_fields_filled():
 # ------------------------------------------------------------------------------------------------
 
 
+def defaults(**more):
+    return {k: v[0] for k, v in fm.CONFIG_FLAGS.items()} | more
+
+
 def test_ot_loss_is_eq_23():
     x_0, x_1, t = double(8, 1, 4, 4), double(8, 1, 4, 4, seed=1), torch.rand(8).double()
     v = lambda x, t: x.sin() + t[:, None, None, None]
@@ -229,9 +231,9 @@ def test_ot_loss_is_eq_23():
     psi = (1 - (1 - 1e-4) * s) * x_0 + s * x_1
     expected = ((v(psi, t) - (x_1 - (1 - 1e-4) * x_0)) ** 2).mean()
     torch.testing.assert_close(fm.cfm_loss(v, fm.ot_path, x_1, x_0, t), expected)
-    config = fm.RECIPES["digits"] | dict(path="ot", channels=1, data_rms=0.5, names=[])
+    config = defaults(channels=1, data_rms=0.5, names=[])
     velocity = fm.build_velocity(config)
-    assert velocity.weight(t) is None  # training by --path ot is unweighted
+    assert velocity.weight(t) == 1  # training by --path ot is unweighted
     nn.init.normal_(velocity.net.out.weight)
     x = torch.randn(2, 1, 16, 16)
     assert torch.equal(velocity(x, t[:2].float()), velocity.net(x, t[:2].float()))
@@ -384,16 +386,21 @@ def test_the_exact_field_moves_each_prior_onto_the_data(name):
     assert (spread - tau).abs().max() < 0.01, spread
 
 
-def test_trajectory_starts_at_the_prior_and_ends_at_the_sample():
-    means = torch.tensor([[-1.0, 0.0], [1.0, 1.0]])
-    for name, path in fm.PATHS.items():
-        v = lambda x, t: fm.marginal_velocity(path, x, t, means, 0.2)
-        noise = fm.draw_noise(0, range(5), (2,))
-        ends, t_end = fm.sample(v, noise, path, fm.T_END[name], steps=9), fm.T_END[name]
-        frames, nfe = fm.trajectory(v, noise, path, t_end, steps=9)
-        assert frames.shape == (10, 5, 2) and nfe == ends[1] == 18
-        torch.testing.assert_close(frames[-1], ends[0], rtol=1e-4, atol=1e-4)
-        torch.testing.assert_close(frames[0], path(torch.zeros(1))[1] * noise)
+@ALL_PATHS
+@pytest.mark.parametrize("solver", list(fm.SOLVERS))
+def test_a_kept_way_starts_at_the_prior_and_ends_at_the_sample(name, solver):
+    path, means = fm.PATHS[name], torch.tensor([[-1.0, 0.0], [1.0, 1.0]])
+    v = lambda x, t: fm.marginal_velocity(path, x, t, means, 0.2)
+    noise, more = fm.draw_noise(0, range(5), (2,)), dict(solver=solver, steps=9)
+    x, nfe = fm.sample(v, noise, path, fm.T_END[name], **more)
+    way, nfe_way = fm.sample(v, noise, path, fm.T_END[name], keep=True, **more)
+    assert way.shape == (10, 5, 2) and nfe_way == nfe
+    torch.testing.assert_close(way[-1], x)
+    torch.testing.assert_close(way[0], path(torch.zeros(1))[1] * noise)
+    if solver == "dopri5":  # the moments between are on the solution too
+        t = 4 * fm.T_END[name] / 9
+        middle, _ = fm.sample(v, noise, path, t, solver="dopri5", tolerance=1e-8)
+        torch.testing.assert_close(way[4], middle, rtol=2e-3, atol=2e-3)  # scipy interpolates
 
 
 @ALL_PATHS
@@ -402,8 +409,8 @@ def test_invert_recovers_the_noise_of_an_image(name):
     v = lambda x, t: fm.marginal_velocity(path, x, t, torch.eye(2), 0.3)
     noise = fm.draw_noise(0, range(9), (2,)).double()
     x_1, _ = fm.sample(v, noise, path, t_end, solver="dopri5", tolerance=1e-9)
-    x, nfe = fm.invert(v, x_1, t_end, solver="dopri5", tolerance=1e-9)
-    torch.testing.assert_close(x / path(torch.zeros(1))[1], noise, rtol=1e-4, atol=1e-4)
+    x_0, nfe = fm.invert(v, x_1, path, t_end, solver="dopri5", tolerance=1e-9)
+    torch.testing.assert_close(x_0, noise, rtol=1e-4, atol=1e-4)
 
 
 def test_guidance_is_the_paper_s_line_through_both_fields():
@@ -443,7 +450,7 @@ def test_noise_depends_on_seed_and_index_alone():
 def test_the_cifar10_net_has_the_usual_parameter_count():
     r = fm.RECIPES["cifar10"]
     with torch.device("meta"):
-        net = fm.UNet(3, r["size"], r["width"], r["mults"], r["blocks"], r["attention"])
+        net = fm.build_velocity(defaults(**r, channels=3, names=[], data_rms=1.0))
     assert abs(sum(p.numel() for p in net.parameters()) / 1e6 - 35.7) < 0.3
 
 
@@ -524,7 +531,7 @@ PASTED = {
     "midpoint": "midpoint(lambda x, t: x, torch.ones(1), 0.0, 0.1)",
     "rk4": "rk4(lambda x, t: x, torch.ones(1), 0.0, 0.1)",
     "odeint": f"[odeint(lambda x, t: x, {X}, solver=s) for s in SOLVERS]",
-    "sample": f"sample(lambda x, t: x, {X})", "trajectory": f"trajectory(lambda x, t: x, {X})",
+    "sample": f"sample(lambda x, t: x, {X})",
     "invert": f"invert(lambda x, t: x, {X})", "slerp": f"slerp({X}, {X}, 0.3)",
     "guided": f"guided(lambda x, t, y: x, {T}, 2.0)({X}, {T})",
     "ot_coupling": f"ot_coupling({X}, {X}), ot_coupling({X}, {X}, torch.arange(2))",
@@ -533,8 +540,6 @@ PASTED = {
     "group_norm": "group_norm(8)(torch.randn(2, 8, 4, 4))",
     "zero_": "zero_(nn.Linear(2, 2))", "Attention": "Attention(8)(torch.randn(2, 8, 4, 4))",
     "ResBlock": "ResBlock(8, 12, 4, 0.1, True)(torch.randn(2, 8, 4, 4), torch.randn(2, 4))",
-    "Downsample": "Downsample(8, 8, 3, stride=2, padding=1)(torch.randn(2, 8, 4, 4), None)",
-    "Upsample": "Upsample(8, 8, 3, padding=1)(torch.randn(2, 8, 4, 4), None)",
     "UNet": f"{UNET}({X}, {T})",
 }
 
@@ -683,7 +688,7 @@ def test_torchvision_sets_load_from_files_in_their_own_format(tmp_path, monkeypa
 # ------------------------------------------------------------------------------------------------
 
 TINY = ("--size 8 --width 8 --mults 1,2 --blocks 1 --attention 4 --dropout 0.2 --batch 8 --lr 0.01 "
-        "--warmup 3 --ema 0.9 --flip --steps 24 --log-every 3 --save-every 6 --sample-every 12 "
+        "--warmup 3 --ema 0.9 --flip --steps 24 --log-every 3 --save-every 6 "
         "--device cpu").split()
 
 
@@ -763,7 +768,7 @@ def test_training_lowers_the_loss_and_leaves_pictures(tiny):
     losses = [line["loss"] for line in log(run)]
     assert np.mean(losses[-3:]) < 0.9 * losses[0]
     assert sorted(f.name for f in run.iterdir()) == [
-        "checkpoint.pt", "log.jsonl", "step-000012.png", "step-000024.png"]
+        "checkpoint.pt", "log.jsonl", *(f"step-{n:06d}.png" for n in (6, 12, 18, 24))]
     with Image.open(run / "step-000024.png") as picture:
         assert picture.width == picture.height >= 512
 
@@ -792,7 +797,7 @@ def test_one_step_is_the_gradient_step_of_eq_14(tiny, tmp_path):
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():
-    config = dict(lr=2.0, warmup=10, steps=100, decay="linear")
+    config = defaults(lr=2.0, warmup=10, steps=100)
     rates = [fm.learning_rate(config, step) for step in range(1, 101)]
     assert rates[0] == pytest.approx(0.2) and max(rates) < 2 and rates[-1] == pytest.approx(0.02)
     assert rates[49] == pytest.approx(2 * 0.51)
@@ -812,7 +817,7 @@ def test_ema_is_the_weighted_mean_of_the_weights_it_saw():
 
 def test_a_batch_is_a_function_of_seed_and_step_whatever_the_ranks():
     images = torch.arange(50, dtype=torch.uint8).reshape(50, 1, 1, 1).expand(50, 1, 4, 4)
-    config = dict(seed=3, batch=6, flip=True, path="vp", names=list("ab"), label_drop=0.0)
+    config = defaults(seed=3, batch=6, flip=True, path="vp", names=list("ab"), label_drop=0.0)
     for coupling in ("independent", "ot"):
         config["coupling"] = coupling
         draw = lambda step, *ranks: fm.draw_batch(
@@ -827,8 +832,7 @@ def test_a_batch_is_a_function_of_seed_and_step_whatever_the_ranks():
 
 def test_labels_are_dropped_sample_by_sample():
     images, labels = torch.zeros(50, 1, 4, 4, dtype=torch.uint8), torch.arange(50) % 2
-    config = dict(seed=3, batch=2000, flip=False, path="ot", names=list("ab"), label_drop=0.2,
-                  coupling="independent")
+    config = defaults(seed=3, batch=2000, names=list("ab"), label_drop=0.2)
     _, y, _, _ = fm.draw_batch(images, labels, config, 1, torch.device("cpu"))
     shares = torch.bincount(y, minlength=3) / 2000
     assert (shares - torch.tensor([0.4, 0.4, 0.2])).abs().max() < 0.05  # 4 standard errors
@@ -885,7 +889,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_debris(tmp_path):
 
 def test_sigterm_writes_a_checkpoint_and_says_how_to_go_on(tiny, tmp_path):
     root, flags = tiny
-    flags = flags + ["--steps", "100000", "--save-every", "100000", "--sample-every", "100000"]
+    flags = flags + ["--steps", "100000", "--save-every", "100000"]
     process = start(flags + ["--out", str(tmp_path)])
     while not ((tmp_path / "log.jsonl").exists() and (tmp_path / "log.jsonl").read_text()):
         assert process.poll() is None, process.stdout.read()
@@ -984,7 +988,7 @@ def test_classes_and_guidance_change_the_images(classy, tmp_path):
 @pytest.mark.parametrize("more, says", [
     ("--label 2", "class0, class1"), ("--label cat", "class0, class1"),
     ("--guidance -1", "--guidance"), ("--interpolate 1", "--interpolate"),
-    ("--trajectory --out x.gif", "--trajectory"),
+    ("--trajectory --out x.gif", "--trajectory"), ("--out x.jpg", "NAME.png"),
 ])
 def test_bad_controls_get_one_line(classy, more, says, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -1113,6 +1117,24 @@ def test_nothing_already_written_is_overwritten(tiny, tmp_path, capsys):
         fm.main(base + ["--out", str(tmp_path / out)])
         assert "--overwrite" in refuse(base + ["--out", str(tmp_path / out)], capsys)
         fm.main(base + ["--out", str(tmp_path / out), "--overwrite"])
+
+
+def test_a_run_whose_data_changed_is_not_resumed(tiny, tmp_path, capsys):
+    flags = ["train", "--data", str(tmp_path / "set"), "--data-dir", str(tmp_path / "cache")]
+    flags += TINY + ["--classes", "--out", str(tmp_path / "run")]
+    write_folder(tmp_path / "set")
+    fm.main(flags)
+    write_folder(tmp_path / "set", classes=3)
+    assert "has changed" in refuse(flags + ["--resume", "--steps", "30"], capsys)
+
+
+def test_fp16_that_overflows_at_any_scale_is_stopped(tiny, tmp_path, monkeypatch, capsys):
+    root, flags = tiny
+    original = fm.cfm_loss
+    monkeypatch.setattr(fm, "cfm_loss", lambda *args: original(*args) * math.nan)
+    error = refuse(flags + ["--amp", "fp16", "--out", str(tmp_path)], capsys)
+    assert "step 18 is not finite" in error  # 65536 halved 17 times, seen at the next log line
+    assert all(p.isfinite().all() for p in load(tmp_path)["ema"].values())
 
 
 @pytest.mark.parametrize("command", list(fm.COMMANDS))
