@@ -1077,7 +1077,7 @@ def test_bad_checkpoints_are_refused_and_run_no_code(tiny, tmp_path, monkeypatch
     ("train --dropout 1.5", "--dropout"), ("train --mults 1,,2", "--mults"),
     ("train --size 18", "multiples of 4"), ("train --width 6", "multiple of 4"),
     ("train --device cuda", "cpu"), ("train --resume", "runs"),
-    ("train --resume --out nowhere", "nowhere"), ("train --data empty", "no images"),
+    ("train --resume --out nowhere", "nowhere"), ("train --data empty", "with images"),
     ("train --data broken --size 8", "broken/0.png"), ("train --amp fp8", "fp8"),
     ("sample", "runs"), ("sample --ckpt nowhere.pt", "nowhere.pt"), ("sample --steps 0", "--steps"),
     ("sample --n -1", "--n"), ("sample --solver heun", "heun"), ("sample --device cuda", "cpu"),
