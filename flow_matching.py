@@ -344,9 +344,7 @@ def seed_from(*keys):
 
 # ================================================================================================
 # The paper ends here, the engineering begins.
-# ================================================================================================
-
-# ------------------------------------------------------------------------------------------------
+#
 # §5  Network: the U-Net of DDPM and its successors (Ho et al. 2020, Dhariwal & Nichol 2021)
 # ------------------------------------------------------------------------------------------------
 
@@ -420,8 +418,9 @@ class UNet(nn.Module):
 
     channels: of the image; size: height of the images that `attention` speaks of; width: channels
     at full resolution, divisible by 4; mults: of the width, per level; blocks: per level;
-    attention: heights (after patching) at which to attend; classes: number of labels, 0 for none,
-    label `classes` (also y = None) meaning "no label"; patch: fold p × p pixels into channels.
+    attention: heights of the feature maps (size/patch/2^level) at which to attend, if any then in
+    the middle too; classes: number of labels, 0 for none, label `classes` (also y = None) meaning
+    "no label"; patch: fold p × p pixels into channels.
     128 × (1, 2, 2, 2), 2 blocks, attention at 16 is the usual CIFAR-10 net: 35.7M parameters.
     Raises ValueError if height or width is not divisible by patch · 2^(levels − 1).
     Needs: time_embedding, group_norm, zero_, ResBlock.
@@ -1087,6 +1086,8 @@ def run_train(args, given):
             out = newest_checkpoint().parent
         resume, _ = load_checkpoint(out / "checkpoint.pt")
         config = resume["config"] | given
+        if resume["step"] >= config["steps"]:
+            raise ValueError(f"{out} has done its {config['steps']} steps: go on with more --steps")
         for k in given.keys() - FREE_ON_RESUME:
             if given[k] != resume["config"][k]:
                 raise ValueError(f"{out} was begun with --{k.replace('_', '-')} "

@@ -1109,8 +1109,10 @@ def test_nothing_already_written_is_overwritten(tiny, tmp_path, capsys):
     root, flags = tiny
     before = {f: f.read_bytes() for f in (root / "whole").iterdir()}
     assert "--resume" in refuse(flags + ["--out", str(root / "whole")], capsys)
-    error = refuse(flags + ["--out", str(root / "whole"), "--resume", "--width", "16"], capsys)
+    more = ["--out", str(root / "whole"), "--resume", "--steps", "30", "--width", "16"]
+    error = refuse(flags + more, capsys)
     assert "--width 8" in error
+    assert "more --steps" in refuse(flags + ["--out", str(root / "whole"), "--resume"], capsys)
     assert {f: f.read_bytes() for f in (root / "whole").iterdir()} == before
     base = ["sample", "--ckpt", str(root / "whole" / "checkpoint.pt"), "--n", "1", "--steps", "1"]
     for out in ("x.png", "folder"):
