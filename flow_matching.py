@@ -648,12 +648,9 @@ def write_atomically(file, write):
 # ------------------------------------------------------------------------------------------------
 
 RECIPES = {  # what differs from the defaults of CONFIG_FLAGS; every value is also a flag
-    "digits": dict(size=16, width=32, mults=[1, 2, 2], batch=32, lr=2e-3, warmup=50, steps=1500,
-                   ema=0.995),
-    "mnist": dict(size=28, width=64, mults=[1, 2], patch=2, batch=64, lr=2e-3, warmup=100,
-                  steps=3000, ema=0.998),
-    "fashion-mnist": dict(size=28, width=64, mults=[1, 2], patch=2, batch=64, lr=2e-3, warmup=100,
-                          steps=3000, ema=0.998, flip=True),
+    "digits": dict(size=16),
+    "mnist": dict(size=28, steps=2000),
+    "fashion-mnist": dict(size=28, steps=2000, flip=True),
     "cifar10": dict(size=32, width=128, mults=[1, 2, 2, 2], blocks=2, attention=[16], dropout=0.1,
                     batch=128, lr=2e-4, warmup=5000, steps=400_000, ema=0.9999, flip=True,
                     save_every=5000),
@@ -946,7 +943,7 @@ def draw_paths(means, tau, particles=400, seed=0, size=300):
             canvas.paste(board, (left, upper))
             pen.rectangle((left, upper, left + panel, upper + panel), None, "#808080", scale)
             pen.text((left, upper - 30 * scale), f"{name}, {title}", "black", font)
-            pen.text((left + panel, upper - 30 * scale), f"±{half:.3g}", "#808080", font, "ra")
+            pen.text((left + panel, upper - 30 * scale), f"axes ±{half:.3g}", "#808080", font, "ra")
     return canvas.resize((width // scale, height // scale), Image.LANCZOS)
 
 
