@@ -1008,7 +1008,7 @@ CONFIG_FLAGS = {  # a run is a function of these and --amp; they are kept in its
     "lr": (2e-3, POSITIVE, "peak learning rate of AdamW"),
     "warmup": (50, WHOLE, "steps of linear warm-up"),
     "decay": ("linear", ["linear", "none"], "fall of the learning rate to 0"),
-    "steps": (1500, COUNT, "training steps"),
+    "steps": (1250, COUNT, "training steps"),
     "ema": (0.995, FRACTION, "decay per step of the averaged weights"),
     "flip": (False, bool, "mirror images at random"),
     "clip": (1.0, POSITIVE, "largest norm of the gradient"),
