@@ -262,6 +262,18 @@ def test_preconditioning_is_the_best_linear_predictor(name):
         torch.testing.assert_close(torch.cat(scales), torch.stack(expected), rtol=5e-3, atol=5e-3)
 
 
+@ALL_PATHS
+def test_weighted_diffusion_losses_have_unit_scale_at_every_time(name):
+    """A network that has learned nothing yet (F = 0) has a weighted loss of 1, for any t."""
+    velocity = fm.Velocity(lambda x, t, y: 0 * x, fm.PATHS[name], 0.7)
+    x_1 = 0.7 * double(100_000, 1)
+    for time in (0.05, 0.5, 0.95):
+        t = torch.full((100_000,), time).double()
+        loss = fm.cfm_loss(velocity, fm.PATHS[name], x_1, double(100_000, 1, seed=1), t,
+                           velocity.weight(t))
+        assert abs(loss - 1) < 0.03  # 5 standard errors of a squared normal
+
+
 def test_a_network_trained_by_cfm_converges_to_the_exact_marginal_field():
     torch.manual_seed(0)
     means = torch.tensor([[1.0, 0.0], [-1.0, 1.0], [0.0, -1.0]])
@@ -850,6 +862,17 @@ def test_amp_trains_with_float32_weights(tiny, tmp_path, amp, device):
     assert losses != float32_losses  # matrix work was done in amp
     assert {p.dtype for k in ("model", "ema") for p in checkpoint[k].values()} == {torch.float32}
     assert bool(checkpoint["scaler"]) == (amp == "fp16")
+
+
+def test_fp16_gradients_are_clipped_at_their_true_norm(tiny, tmp_path, monkeypatch):
+    """The norm that is clipped is float32's to fp16 rounding, not 65536 times it."""
+    norms, clip = [], nn.utils.clip_grad_norm_
+    watch = lambda *args: norms.append(clip(*args)) or norms[-1]
+    monkeypatch.setattr(nn.utils, "clip_grad_norm_", watch)
+    for amp in ("off", "fp16"):
+        flags = tiny[1] + ["--steps", "1", "--amp", amp, "--out", str(tmp_path / amp)]
+        fm.main(flags + ["--clip", "1000"])
+    assert norms[1] == pytest.approx(norms[0].item(), rel=0.02) and norms[0] != norms[1]
 
 
 def test_an_fp16_overflow_is_skipped_and_training_goes_on(tiny, tmp_path, monkeypatch):
