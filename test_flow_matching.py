@@ -267,8 +267,8 @@ def test_weighted_diffusion_losses_have_unit_scale_at_every_time(name):
     """A network that has learned nothing yet (F = 0) has a weighted loss of 1, for any t."""
     velocity = fm.Velocity(lambda x, t, y: 0 * x, fm.PATHS[name], 0.7)
     x_1 = 0.7 * double(100_000, 1)
-    for time in (0.05, 0.5, 0.95):
-        t = torch.full((100_000,), time).double()
+    for moment in (0.05, 0.5, 0.95):
+        t = torch.full((100_000,), moment).double()
         loss = fm.cfm_loss(velocity, fm.PATHS[name], x_1, double(100_000, 1, seed=1), t,
                            velocity.weight(t))
         assert abs(loss - 1) < 0.03  # 5 standard errors of a squared normal
