@@ -1065,6 +1065,12 @@ def newest_checkpoint():
     return files[-1]
 
 
+def check_free(out, args):
+    """Raises ValueError if --out names a file or a filled directory, without --overwrite."""
+    if args.out and not args.overwrite and (out.is_file() or out.is_dir() and any(out.iterdir())):
+        raise ValueError(f"{out} already exists: replace it with --overwrite, or name another")
+
+
 def run_train(args, given):
     """Learn to make images from noise.
 
@@ -1121,8 +1127,7 @@ def run_sample(args, given):
     names, path, t_end = config["names"], PATHS[config["path"]], T_END[config["path"]]
     out = Path(args.out or file.parent / "samples.png")
     kind = out.suffix.lower()
-    if args.out and not args.overwrite and (out.is_file() or out.is_dir() and any(out.iterdir())):
-        raise ValueError(f"{out} already exists: replace it with --overwrite, or name another")
+    check_free(out, args)
     if kind not in ("", ".png", ".gif") or kind != ".png" and args.trajectory:
         raise ValueError("--out is NAME.png (--trajectory needs it), NAME.gif or a directory")
     if not names and given.keys() & {"label", "guidance"}:
@@ -1197,8 +1202,7 @@ def run_paths(args, given):
       flow_matching.py paths --data checkerboard --out board.png
     """
     out = Path(args.out or "paths.png")
-    if args.out and out.exists() and not args.overwrite:
-        raise ValueError(f"{out} already exists: replace it with --overwrite, or name another")
+    check_free(out, args)
     means, tau = toy_data(args.data)
     table = measure_paths(means, tau, seed=args.seed)
     print("landed: share of particles within 3 tau; error: mean squared, against 1000 rk4 steps\n"
