@@ -13,19 +13,22 @@ distribution onto the data (Theorem 1).  So new images are the solutions of dx/d
     §1 probability paths        ot_path, vp_path, ve_path, Theorem 3, the exact marginal field
     §2 loss                     cfm_loss, Velocity
     §3 ODE solvers              euler, midpoint, rk4, odeint (with adaptive Dormand-Prince)
-    §4 sampling                 sample, invert, guided, slerp, draw_noise
+    §4 sampling and likelihood  sample, invert, log_likelihood, guided, slerp, draw_noise
     -- the paper ends here, the engineering begins --
     §5 network                  UNet
-    §6 data                     digits drawn on the spot, torchvision's sets, folders of images
-    §7 training                 recipes, checkpoints, the loop
-    §8 the theory, drawn        the exact field in the plane: a picture and a table
-    §9 command line             train, sample, paths
+    §6 Fréchet distance         the Inception network of FID, streamed statistics
+    §7 data                     digits drawn on the spot, torchvision's sets, folders of images
+    §8 training                 recipes, checkpoints, the loop
+    §9 the theory, drawn        the exact field in the plane: a picture and a table
+    §10 command line            train, sample, fid, nll, paths
 
 Notation: B, C, H, W are batch, channels, height and width; images are in [-1, 1]; t is in [0, 1].
-A definition in §1-§5 that needs another one says so ("Needs: ..."); pasted with it, it runs.
+A definition in §1-§6 that needs another one says so ("Needs: ..."); pasted with it, it runs.
 
     python flow_matching.py train --path ot
     python flow_matching.py sample --steps 20
+    python flow_matching.py fid --features pixels
+    python flow_matching.py nll
     python flow_matching.py paths
     torchrun --nproc_per_node=8 flow_matching.py train --data cifar10
 """
@@ -46,6 +49,7 @@ from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
+import scipy.linalg
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -279,7 +283,7 @@ def odeint(v, x, t_0=0.0, t_1=1.0, solver="midpoint", steps=20, tolerance=1e-5, 
 
 
 # ------------------------------------------------------------------------------------------------
-# §4  Sampling
+# §4  Sampling and likelihood  (paper: Section 2, Appendix C)
 # ------------------------------------------------------------------------------------------------
 
 
@@ -302,6 +306,43 @@ def invert(v, x_1, path=ot_path, t_end=1.0, **solver):
     """
     x, nfe = odeint(v, x_1, t_end, 0.0, **solver)
     return x / path(torch.zeros(1, device=x.device))[1], nfe
+
+
+@torch.no_grad()
+def log_likelihood(v, x_1, path=ot_path, t_end=1.0, probes=None, **solver):
+    """log p_1(x_1) in nats, (B,), and the NFE: the change of variables along the flow.
+
+    d log p_t(x_t)/dt = −div v(x_t, t), solved with the ODE backward from data to noise, where
+    p_0 = N(0, σ(0)² I).  x_1: (B, ...), D numbers each.  probes: list of E, each (B, ...): div v is
+    taken as the sum of Eᵀ (∂v/∂x) E.  One draw of random signs, held through the solve, is
+    Hutchinson's unbiased estimate; None is every unit vector: exact, at D gradients an evaluation.
+    v must not mix the samples of a batch.  Needs: ot_path, odeint.
+    """
+    if probes is None:
+        D = x_1[0].numel()
+        units = torch.eye(D, dtype=x_1.dtype, device=x_1.device)
+        probes = units.reshape(D, 1, *x_1.shape[1:]).expand(D, *x_1.shape)
+
+    def f(state, t):  # x and ∫ div v dt, as one state: (B, D + 1)
+        with torch.enable_grad():
+            x = state[:, :-1].reshape(x_1.shape).requires_grad_()
+            u = v(x, t)
+            div = sum(torch.autograd.grad(u, x, E, retain_graph=True)[0] * E for E in probes)
+        return torch.cat([u.detach().flatten(1), div.flatten(1).sum(1, keepdim=True)], 1)
+
+    state, nfe = odeint(f, F.pad(x_1.flatten(1), (0, 1)), t_end, 0.0, **solver)
+    variance = path(torch.zeros(1, device=x_1.device))[1] ** 2
+    log_p_0 = -0.5 * (state[:, :-1].square() / variance + (2 * math.pi * variance).log()).sum(1)
+    return log_p_0 + state[:, -1], nfe  # backward in time: state[:, -1] = −∫ div v from 0 to t_end
+
+
+def bits_per_dim(log_p, D):
+    """−log2 P(image) / D of images of 256 levels: (B,).
+
+    log_p: (B, K), log p_1 in nats at K draws of x = (k + u)/128 − 1, k: levels, u ~ U[0, 1): uniform
+    dequantisation, a bound from K = 1, tighter with more.  x moves 1/128 a level: 7 = log2 128 bits.
+    """
+    return 7 - (log_p.logsumexp(1) - math.log(log_p.shape[1])) / (D * math.log(2))
 
 
 def guided(v, y, scale=1.0):
@@ -490,7 +531,112 @@ class UNet(nn.Module):
 
 
 # ------------------------------------------------------------------------------------------------
-# §6  Data: a uint8 tensor (N, C, H, W), an int64 tensor (N,) of labels, and the labels' names
+# §6  Fréchet inception distance  (Heusel et al., arXiv 1706.08500)
+#
+# Features are any callable: uint8 images (B, C, H, W) -> (B, D).
+# ------------------------------------------------------------------------------------------------
+
+INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
+                 "pt_inception-2015-12-05-6726825d.pth")
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+
+
+def pixels(images):
+    """The pixels themselves as features, in [-1, 1]: uint8 (B, C, H, W) -> (B, CHW)."""
+    return images.flatten(1) / 127.5 - 1
+
+
+def resize_as_tensorflow_1(x, size=299):
+    """Bilinear (B, C, H, W) -> (B, C, size, size): pixel i comes from i · H/size.
+
+    That is without today's shift by half a pixel, and without antialiasing.
+    """
+    for dim in (2, 3):
+        at = torch.arange(size, device=x.device) * (x.shape[dim] / size)
+        low = at.long()
+        high = (low + 1).clamp(max=x.shape[dim] - 1)
+        weight = (at - low).reshape(-1, *[1] * (3 - dim))
+        x = torch.lerp(x.index_select(dim, low), x.index_select(dim, high), weight)
+    return x
+
+
+def inception(file=None, device="cpu"):
+    """The features on which published FIDs rest: of TensorFlow's Inception network of 2015.
+
+    file: its weights as pytorch-fid ported them; None downloads them (96 MB) to torch's hub cache.
+    Returns a callable: uint8 (B, C, H, W), C = 1 or 3, on any device -> float32 (B, 2048).
+    Raises ValueError for other weights, and if they cannot be downloaded.
+    Needs: INCEPTION_URL, INCEPTION_SHA256, resize_as_tensorflow_1.
+    """
+    name = Path(INCEPTION_URL).name
+    file, cached = Path(file or ""), Path(torch.hub.get_dir(), "checkpoints", name)
+    if file == Path():
+        file = cached
+        if not cached.is_file():
+            cached.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                torch.hub.download_url_to_file(INCEPTION_URL, cached, INCEPTION_SHA256)
+            except (OSError, RuntimeError) as error:
+                raise ValueError(f"the Inception weights could not be downloaded ({error}): fetch "
+                                 f"{INCEPTION_URL} elsewhere and name it with --inception FILE, "
+                                 "or use --features pixels") from None
+    if hashlib.sha256(file.read_bytes()).hexdigest() != INCEPTION_SHA256:
+        raise ValueError(f"{file} is not {name} (another SHA-256): fetch {INCEPTION_URL}")
+    net = torchvision.models.inception_v3(num_classes=1008, aux_logits=False, init_weights=False)
+    net.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+    net.fc = nn.Identity()
+    net = net.eval().requires_grad_(False).to(device, memory_format=torch.channels_last)
+
+    def pool_by(pool, block):  # torchvision pools by a plain function: catch what went into it
+        seen = []
+        block.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+        block.branch_pool.register_forward_pre_hook(lambda _, x: (pool(seen.pop()),))
+
+    for block in (net.Mixed_5b, net.Mixed_5c, net.Mixed_5d, net.Mixed_6b, net.Mixed_6c,
+                  net.Mixed_6d, net.Mixed_6e, net.Mixed_7b):
+        pool_by(nn.AvgPool2d(3, 1, 1, count_include_pad=False), block)
+    pool_by(nn.MaxPool2d(3, 1, 1), net.Mixed_7c)
+
+    def features(images):
+        x = resize_as_tensorflow_1(images.to(device).float()).expand(-1, 3, -1, -1)
+        return net(((x - 128) / 128).contiguous(memory_format=torch.channels_last))
+
+    return features
+
+
+def fit_gaussian(batches, features):
+    """Mean (D,) and covariance (D, D) of the features of many images: numpy, float64.
+
+    batches: iterable of uint8 (B, C, H, W), of any sizes; one is in memory at a time.
+    Raises ValueError for fewer than two images and for features that are not finite.
+    """
+    n = total = squares = origin = 0
+    for images in batches:
+        f = features(images).cpu().double()
+        origin = origin if n else f[0]  # sums about one sample: a large mean would cost digits
+        f = f - origin
+        n, total, squares = n + len(f), total + f.sum(0), squares + f.T @ f
+    if n < 2 or not torch.isfinite(total).all():
+        raise ValueError("at least two images are needed" if n < 2 else "features are not finite")
+    covariance = (squares - torch.outer(total, total) / n) / (n - 1)
+    return (origin + total / n).numpy(), covariance.numpy()
+
+
+def frechet_distance(mean_1, cov_1, mean_2, cov_2):
+    """‖m_1 − m_2‖² + tr(S_1 + S_2 − 2 (S_1 S_2)^½): float, 0 for equal Gaussians.
+
+    means (D,), covariances (D, D), float64.  With S_1 = A Aᵀ, S_1 S_2 has the eigenvalues of the
+    symmetric Aᵀ S_2 A: real and never negative, so that singular covariances need no special care.
+    Raises ValueError for what is not finite.
+    """
+    values, vectors = scipy.linalg.eigh(cov_1)
+    A = vectors * np.sqrt(values.clip(0))
+    root = np.sqrt(scipy.linalg.eigvalsh(A.T @ cov_2 @ A).clip(0))
+    return float(((mean_1 - mean_2) ** 2).sum() + np.trace(cov_1 + cov_2) - 2 * root.sum())
+
+
+# ------------------------------------------------------------------------------------------------
+# §7  Data: a uint8 tensor (N, C, H, W), an int64 tensor (N,) of labels, and the labels' names
 # ------------------------------------------------------------------------------------------------
 
 
@@ -518,10 +664,11 @@ def draw_digits(n, size, seed=0):
 TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10"}
 
 
-def load_torchvision(name, data_dir, size):
+def load_torchvision(name, data_dir, size, test=False):
     """mnist, fashion-mnist or cifar10 from data_dir, downloaded into it if they are not there."""
     try:
-        data = getattr(torchvision.datasets, TORCHVISION[name])(data_dir, download=True)
+        load = getattr(torchvision.datasets, TORCHVISION[name])
+        data = load(data_dir, train=not test, download=True)
     except (OSError, RuntimeError) as error:
         raise ValueError(f"{name} is not in {data_dir} and could not be downloaded ({error}): name "
                          "its folder with --data-dir, or use --data digits") from None
@@ -534,7 +681,7 @@ def load_torchvision(name, data_dir, size):
 
 
 def decode(file, size, mode):
-    """One image file, upright, its central square at size x size: uint8 (C, size, size)."""
+    """One image file, upright, its central square at size x size, or whole (None): uint8 CHW."""
     try:
         with Image.open(file) as image:
             image = ImageOps.exif_transpose(image)
@@ -543,10 +690,12 @@ def decode(file, size, mode):
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            pixels = np.asarray(ImageOps.fit(image.convert(mode), (size, size), Image.LANCZOS))
+            image = image.convert(mode)
+            image = ImageOps.fit(image, (size, size), Image.LANCZOS) if size else image
+            pixels = np.atleast_3d(image)
     except Exception as error:  # Pillow raises a dozen kinds
         raise ValueError(f"{file} does not decode as an image: {error}") from None
-    return pixels.reshape(size, size, -1).transpose(2, 0, 1)
+    return pixels.transpose(2, 0, 1)
 
 
 def is_grey(file):
@@ -561,6 +710,7 @@ def load_folder(folder, data_dir, size):
     """All images below a folder, grey if all are; a first-level subfolder is a label.
 
     They are decoded once, into a memory-mapped array in data_dir that need not fit in memory.
+    size None: as they are, which must be square and of one size.
     """
     root = Path(folder)
     endings = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
@@ -575,21 +725,25 @@ def load_folder(folder, data_dir, size):
 
     stamps = [(f.relative_to(root).as_posix(), s.st_size, s.st_mtime_ns)
               for f, s in ((f, f.stat()) for f in files)]
-    key = hashlib.sha256(repr((size, stamps)).encode()).hexdigest()[:16]
+    crop, size = size, size or decode(files[0], None, "L").shape[1]
+    key = hashlib.sha256(repr((crop, stamps)).encode()).hexdigest()[:16]
     cache = Path(data_dir) / f"{root.resolve().name}-{size}-{key}.npy"
 
     def fill(temporary):
         mode = "L" if all(map(is_grey, files)) else "RGB"  # stops at the first file in colour
-        shape = (len(files), {"L": 1, "RGB": 3}[mode], size, size)
-        array = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
-        since = time.perf_counter()
+        array = np.lib.format.open_memmap(temporary, "w+", np.uint8,
+                                          (len(files), {"L": 1, "RGB": 3}[mode], size, size))
+
+        def read(i):
+            image = decode(files[i], crop, mode)
+            if image.shape != array.shape[1:]:
+                raise ValueError(f"{files[i]} has {image.shape[2]} x {image.shape[1]} pixels, not "
+                                 f"{size} x {size}: all must be square and of one size")
+            array[i] = image
+
         with ThreadPoolExecutor() as pool:
-            for i in range(0, len(files), 1024):  # by chunks: bounded memory
-                part = files[i : i + 1024]
-                array[i : i + 1024] = list(pool.map(lambda f: decode(f, size, mode), part))
-                line = progress(i + len(part), len(files), since)
-                print(f"\rdecoding {line} ", end="", flush=True)
-        print()
+            for part in in_batches(len(files), 1024, "decoding "):
+                list(pool.map(read, part))  # raises what a thread raised
         array.flush()
 
     if not cache.exists():
@@ -598,12 +752,15 @@ def load_folder(folder, data_dir, size):
     return images, labels, names
 
 
-def load_data(name, data_dir, size):
-    """The images, labels and names of a --data argument."""
+def load_data(name, data_dir, size, test=False):
+    """The images, labels and names of a --data argument; test: those kept from training."""
     if name == "digits":
-        return draw_digits(20_000, size)
-    load = load_torchvision if name in TORCHVISION else load_folder
-    return load(name, data_dir, size)
+        return draw_digits(20_000, size, seed=int(test))
+    if name in TORCHVISION:
+        return load_torchvision(name, data_dir, size, test)
+    if test:
+        raise ValueError(f"the folder {name} has no test split: name a folder instead")
+    return load_folder(name, data_dir, size)
 
 
 def progress(done, total, since, begun=0):
@@ -611,6 +768,15 @@ def progress(done, total, since, begun=0):
     rate = max(1, done - begun) / (time.perf_counter() - since)
     left = timedelta(seconds=int((total - done) / rate))
     return f"{done:,}/{total:,}  {rate:,.1f}/s  {left} left"
+
+
+def in_batches(n, batch, what=""):
+    """0..n − 1 in ranges of `batch`, with a line of progress after each."""
+    since = time.perf_counter()
+    for i in range(0, n, batch):
+        yield range(i, min(i + batch, n))
+        print(f"\r{what}{progress(min(i + batch, n), n, since)} ", end="", flush=True)
+    print()
 
 
 def to_float(images):
@@ -644,7 +810,7 @@ def write_atomically(file, write):
 
 
 # ------------------------------------------------------------------------------------------------
-# §7  Training
+# §8  Training
 # ------------------------------------------------------------------------------------------------
 
 RECIPES = {  # what differs from the defaults of CONFIG_FLAGS; every value is also a flag
@@ -733,6 +899,14 @@ def autocast(device, amp):
     return torch.autocast(device.type, dtype, enabled=amp != "off")
 
 
+def generate(velocity, config, noise, y=None, guidance=1.0, amp="off", **solver):
+    """sample() for the velocity of a checkpoint, y: list of labels; images, and network calls."""
+    path, y = config["path"], None if y is None else torch.tensor(y, device=noise.device)
+    with autocast(noise.device, amp):
+        x, nfe = sample(guided(velocity, y, guidance), noise, PATHS[path], T_END[path], **solver)
+    return x, nfe * (1 if guidance == 1 else 2)
+
+
 def start_ranks(device):
     """rank, world size and device; under torchrun each process drives one GPU (or CPU share)."""
     if "RANK" not in os.environ:
@@ -805,7 +979,6 @@ def train(config, out, device, compiled=False, resume=None, stop=lambda: False):
               f"{config['path']}; {millions:.2f}M parameters; {world} x {device}, amp {amp}, "
               f"compile {compiled}\n{steps:,} steps x batch {B} = {steps * B / len(images):,.1f} "
               f"epochs; EMA decay {config['ema']}; writing {out}/")
-    path, t_end = PATHS[config["path"]], T_END[config["path"]]
     loss_sum, bad_step = torch.zeros(2, device=device), torch.full((), -1, device=device)
     begun, since = start, time.perf_counter()
     for step in range(start + 1, steps + 1):  # between log lines nothing waits for the device
@@ -814,7 +987,7 @@ def train(config, out, device, compiled=False, resume=None, stop=lambda: False):
         x_1, y, x_0, t = draw_batch(images, labels, config, step, device, rank, world)
         with autocast(device, amp):
             v = functools.partial(model, y=y)
-            loss = cfm_loss(v, path, x_1, x_0, t, velocity.weight(t))
+            loss = cfm_loss(v, PATHS[config["path"]], x_1, x_0, t, velocity.weight(t))
         scaler.scale(loss).backward()
         scaler.unscale_(optimizer)  # before clipping
         norm = nn.utils.clip_grad_norm_(velocity.parameters(), config["clip"])
@@ -847,15 +1020,13 @@ def train(config, out, device, compiled=False, resume=None, stop=lambda: False):
                       if device.type == "cuda" else "")
             print(f"step {progress(step, steps, since, begun)}  {rate:,.0f} images/s  "
                   f"loss {loss:.4f}{memory}", flush=True)
-            with open(log, "a") as f:
-                f.write(json.dumps(dict(step=step, loss=loss, images_per_second=rate)) + "\n")
+            append_line(log, dict(step=step, loss=loss, images_per_second=rate))
         if rank == 0 and saving:
             parts = {name: part.state_dict() for name, part in state.items()}
             parts |= dict(step=step, config=config)
             write_atomically(out / "checkpoint.pt", functools.partial(torch.save, parts))
             noise = draw_noise(0, range(64), images.shape[1:]).to(device)
-            with autocast(device, amp):  # with classes too, of no class
-                x, _ = sample(functools.partial(ema, y=None), noise, path, t_end, steps=10)
+            x, _ = generate(ema, config, noise, amp=amp, steps=10)  # with classes too, of no class
             grid = picture_grid(to_uint8(x).cpu(), 8)
             write_atomically(out / f"step-{step:06d}.png", grid.save)
         if stopping:
@@ -866,7 +1037,7 @@ def train(config, out, device, compiled=False, resume=None, stop=lambda: False):
 
 
 # ------------------------------------------------------------------------------------------------
-# §8  The theory, drawn: the exact marginal field of Eq. 8 in the plane, without a network
+# §9  The theory, drawn: the exact marginal field of Eq. 8 in the plane, without a network
 # ------------------------------------------------------------------------------------------------
 
 
@@ -948,7 +1119,7 @@ def draw_paths(means, tau, particles=400, seed=0, size=300):
 
 
 # ------------------------------------------------------------------------------------------------
-# §9  Command line
+# §10  Command line
 # ------------------------------------------------------------------------------------------------
 
 
@@ -984,8 +1155,8 @@ OUT_FLAGS = {  # flag: (default, type or choices, help)
             "checkpoint for sample, paths.png for paths"),
     "overwrite": (False, bool, "replace what --out names"),
 }
-DEVICE_FLAGS = {
-    "device": (None, ["cuda", "mps", "cpu"], "default: the fastest here"),
+DEVICE = {"device": (None, ["cuda", "mps", "cpu"], "default: the fastest here")}
+DEVICE_FLAGS = DEVICE | {
     "amp": (None, ["bf16", "fp16", "off"], "mixed precision; default: bf16 or fp16, whichever is "
             "native, on CUDA; off elsewhere"),
 }
@@ -1021,20 +1192,46 @@ TRAIN_FLAGS = CONFIG_FLAGS | DEVICE_FLAGS | OUT_FLAGS | {
     "compile": (None, bool, "torch.compile; default: on CUDA only"),
     "resume": (False, bool, "go on with the run in --out; default: the newest in runs/"),
 }
-SAMPLE_FLAGS = DEVICE_FLAGS | OUT_FLAGS | {
+MODEL_FLAGS = {
     "ckpt": (None, str, "checkpoint file; default: the newest runs/*/checkpoint.pt"),
-    "n": (None, COUNT, "number of images; default: 64, or 8 of each class"),
     "solver": ("midpoint", list(SOLVERS), "euler, midpoint and rk4 evaluate the network 1, 2 and 4 "
                "times a step; dopri5 adapts"),
     "steps": (20, COUNT, "steps of the solver"),
     "tolerance": (1e-5, number(float, 1e-12, 1), "of dopri5, relative and absolute"),
-    "seed": (0, WHOLE, "of the noise"),
+    "seed": (0, WHOLE, "of everything random"),
     "batch": (None, COUNT, "images at a time; default: by size"),
+}
+SAMPLE_FLAGS = MODEL_FLAGS | DEVICE_FLAGS | OUT_FLAGS | {
+    "n": (None, COUNT, "number of images; default: 64, or 8 of each class"),
     "label": (None, str, "class to make, name or number; default: one row of each class"),
     "guidance": (1.0, number(float, 0), "scale of classifier-free guidance, 1 for none"),
     "trajectory": (False, bool, "show the way from noise to image, left to right, in a .png"),
     "interpolate": (None, number(int, 2), "each row: INTERPOLATE images between two noises, on the "
                     "sphere; default: none"),
+}
+REFERENCE_FLAGS = {
+    "reference": (None, str, "train or test (a split of the checkpoint's data), another data set, "
+                  "or a folder"),
+    "data_dir": (None, str, "where downloads and caches are kept; default: as in training"),
+    "results": (None, str, "file that gets a line of JSON appended for each figure; default: "
+                "results.jsonl beside the checkpoint"),
+}
+FID_FLAGS = MODEL_FLAGS | DEVICE_FLAGS | REFERENCE_FLAGS | {
+    "n": (50_000, number(int, 2), "number of images to make; papers use 50000"),
+    "steps": ([20], counts, "steps of the solver; several, as in 5,10,20, give a curve"),
+    "guidance": (1.0, number(float, 0), "scale of classifier-free guidance, 1 for none"),
+    "images": (None, str, "folder of images, square and of one size, to judge in place of a "
+               "checkpoint; needs --reference"),
+    "features": ("inception", ["inception", "pixels"], "of the Fréchet distance; only inception's "
+                 "is called FID"),
+    "inception": (None, str, "file of the Inception weights; default: downloaded"),
+}
+NLL_FLAGS = MODEL_FLAGS | DEVICE | REFERENCE_FLAGS | {
+    "n": (128, number(int, 2), "number of images, chosen at random"),
+    "k": (1, COUNT, "importance-weighted draws of dequantisation noise per image; the paper: 50"),
+    "exact": (False, bool, "the exact divergence, at as many gradients as an image has numbers, in "
+              "place of Hutchinson's estimate"),
+    "solver": ("dopri5", *MODEL_FLAGS["solver"][1:]),
 }
 PATHS_FLAGS = OUT_FLAGS | {
     "data": ("gaussians", ["gaussians", "checkerboard"], "distribution in the plane"),
@@ -1063,6 +1260,30 @@ def newest_checkpoint():
     if not files:
         raise ValueError("there is no runs/*/checkpoint.pt here: train first, or name one")
     return files[-1]
+
+
+def open_checkpoint(args):
+    """The config, step and EMA velocity of --ckpt, and --device; fills in paths left open."""
+    device = pick_device(args.device)
+    file = Path(args.ckpt or newest_checkpoint())
+    checkpoint, velocity = load_checkpoint(file, device)
+    config, step = checkpoint["config"], checkpoint["step"]
+    print(f"{file}: step {step:,}, path {config['path']}, EMA weights (decay {config['ema']})")
+    opened = dict(ckpt=str(file), data_dir=config["data_dir"],
+                  results=str(file.with_name("results.jsonl")))
+    vars(args).update(opened | {k: v for k, v in vars(args).items() if v is not None})
+    return config, step, velocity, device
+
+
+def batch_size(config):
+    """As many images as keep a feature map at full resolution below 128 MiB, at most 512."""
+    return max(1, min(512, 2**25 // (config["width"] * config["size"] ** 2)))
+
+
+def append_line(file, row):
+    """Add a row to a file of JSON lines."""
+    with open(file, "a") as f:
+        f.write(json.dumps(row) + "\n")
 
 
 def check_free(out, args):
@@ -1120,12 +1341,9 @@ def run_sample(args, given):
       flow_matching.py sample --out film.gif
       flow_matching.py sample --label 3 --guidance 2      (after train --classes)
     """
-    device = pick_device(args.device)
-    file, amp = Path(args.ckpt or newest_checkpoint()), pick_amp(args.amp, device)
-    checkpoint, velocity = load_checkpoint(file, device)
-    config = checkpoint["config"]
-    names, path, t_end = config["names"], PATHS[config["path"]], T_END[config["path"]]
-    out = Path(args.out or file.parent / "samples.png")
+    config, _, velocity, device = open_checkpoint(args)
+    names, amp = config["names"], pick_amp(args.amp, device)
+    out = Path(args.out or Path(args.ckpt).with_name("samples.png"))
     kind = out.suffix.lower()
     check_free(out, args)
     if kind not in ("", ".png", ".gif") or kind != ".png" and args.trajectory:
@@ -1135,8 +1353,6 @@ def run_sample(args, given):
     known = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
     if args.label is not None and args.label not in known:
         raise ValueError(f"--label {args.label}: this model knows {', '.join(names)}")
-    print(f"{file}: step {checkpoint['step']:,}, path {config['path']}, EMA weights (decay "
-          f"{config['ema']})")
 
     rows = len(names) if args.label is None else 0  # a row for each class, unless one was named
     n = args.n or (8 * max(1, rows) if rows or args.trajectory else 64)
@@ -1155,24 +1371,19 @@ def run_sample(args, given):
 
     def make(numbers):  # uint8 frames (F, b, C, H, W), of which the last is the images; NFE
         y = [known[args.label] if args.label else i // columns % rows for i in numbers if names]
-        y = torch.tensor(y, device=device) if names else None
-        with autocast(device, amp):
-            x, nfe = sample(guided(velocity, y, args.guidance),
-                            torch.stack([noise(i) for i in numbers]).to(device), path, t_end,
-                            **solver)
+        x_0 = torch.stack([noise(i) for i in numbers]).to(device)
+        x, nfe = generate(velocity, config, x_0, y or None, args.guidance, amp, **solver)
         if film:  # the noise of ve, to 150, is scaled down to be seen
-            sigma = path(torch.linspace(0, t_end, len(x), device=device))[1]
-            x = x / sigma.clamp(min=1).reshape(-1, 1, 1, 1, 1)
-        return to_uint8(x if film else x[None]).cpu(), nfe * (1 if args.guidance == 1 else 2)
+            times = torch.linspace(0, T_END[config["path"]], len(x), device=device)
+            x = x / PATHS[config["path"]](times)[1].clamp(min=1).reshape(-1, 1, 1, 1, 1)
+        return to_uint8(x if film else x[None]).cpu(), nfe
 
     parts, nfe_sum, since = [], 0, time.perf_counter()
-    batch = args.batch or max(1, min(512, 2**25 // (config["width"] * shape[1] * shape[2])))
     if not kind:
         for old in out.glob("[0-9]*.png"):  # --overwrite: no mixture of two runs
             old.unlink()
         out.mkdir(parents=True, exist_ok=True)
-    for i in range(0, n, batch):
-        numbers = range(i, min(i + batch, n))
+    for numbers in in_batches(n, args.batch or batch_size(config)):
         frames, nfe = make(numbers)
         nfe_sum += nfe * len(numbers)
         if kind:
@@ -1180,7 +1391,6 @@ def run_sample(args, given):
         else:
             for j, image in zip(numbers, frames[-1]):
                 to_pil_image(image).save(out / f"{j:06d}.png")
-        print(f"\r{progress(numbers.stop, n, since)} ", end="", flush=True)
     if kind:
         frames = torch.cat(parts, 1)
         if args.trajectory:  # a row for each image, time from left to right
@@ -1190,8 +1400,122 @@ def run_sample(args, given):
         more = {} if kind == ".png" else dict(
             save_all=True, append_images=grids[1:] + grids[-1:] * 20, duration=60, loop=0)
         write_atomically(out, lambda temporary: grids[0].save(temporary, **more))
-    print(f"\n{out}: {n:,} images, {args.solver}, NFE {nfe_sum / n:g}, amp {amp}, "
+    print(f"{out}: {n:,} images, {args.solver}, NFE {nfe_sum / n:g}, amp {amp}, "
           f"{time.perf_counter() - since:.1f} s")
+
+
+def load_reference(args, config, default):
+    """The images that --reference names, at the size of the model's, and what to call them."""
+    what = args.reference or default
+    data = config["data"] if what in ("train", "test") else what
+    images, _, _ = load_data(data, args.data_dir, config["size"], what == "test")
+    return images, data if data == what else f"{data}, {what} split"
+
+
+def fit_reference(images, features, name, batch, data_dir):
+    """fit_gaussian of a reference set, kept in data_dir under all that decides it."""
+    key = hashlib.sha256(repr((name, images.shape)).encode())
+    for part in images.split(1000):
+        key.update(part.numpy().tobytes())
+    cache = Path(data_dir) / f"{name}-{key.hexdigest()[:16]}.npy"
+    if not cache.exists():
+        parts = in_batches(len(images), batch, "reference ")
+        mean, cov = fit_gaussian((images[part] for part in parts), features)
+        write_atomically(cache, lambda temporary: np.save(temporary, np.vstack([mean, cov])))
+    mean, *cov = np.load(cache)
+    return mean, np.stack(cov)
+
+
+def run_fid(args, given):
+    """Fréchet distance between made images (a checkpoint's, or --images) and real ones.
+
+    examples:
+      flow_matching.py fid
+      flow_matching.py fid --n 2000 --features pixels
+      flow_matching.py fid --solver euler --steps 5,10,20,50 --reference test
+      flow_matching.py fid --images made/ --reference photos/
+    """
+    others = sorted(given.keys() & {"ckpt", "n", "seed", "guidance", "solver", "steps", "tolerance"})
+    if args.images and (others or args.reference in (None, "train", "test")):
+        raise ValueError("--images needs --reference, a data set or a folder" +
+                         "".join(f", and no --{other}" for other in others))
+    if args.inception and args.features == "pixels":
+        raise ValueError("--features pixels needs no --inception")
+    if args.images:
+        device, args.data_dir = pick_device(args.device), args.data_dir or "data"
+        images, _, _ = load_folder(args.images, args.data_dir, None)
+        args.n, args.steps, args.results = len(images), [None], args.results or "results.jsonl"
+        config, step = dict(size=images.shape[-1], width=32), None
+    else:
+        config, step, velocity, device = open_checkpoint(args)
+    batch = args.batch or batch_size(config)
+    features = pixels if args.features == "pixels" else inception(args.inception, device)
+    reference, args.reference = load_reference(args, config, "train")
+    gaussian = fit_reference(reference, features, args.features, batch, args.data_dir)
+
+    def made(steps, nfes):  # uint8 batches
+        for part in in_batches(args.n, batch):
+            if args.images:
+                yield images[part]
+                continue
+            noise = draw_noise(args.seed, part, reference.shape[1:]).to(device)
+            y = [i % len(config["names"]) for i in part] if config["names"] else None
+            x, nfe = generate(velocity, config, noise, y, args.guidance, pick_amp(args.amp, device),
+                              solver=args.solver, steps=steps, tolerance=args.tolerance)
+            nfes.append(nfe * len(part))
+            yield to_uint8(x)
+
+    title = "FID" if args.features == "inception" else "Fréchet distance of pixels"
+    n, D = min(args.n, len(reference)), len(gaussian[0])
+    remarks = ["under 50,000 images: not comparable with papers"] if args.n < 50_000 else []
+    remarks += [f"{n:,} images for {D:,} features: a covariance is singular"] if n <= D else []
+    for steps in args.steps if args.solver != "dopri5" else [1]:
+        nfes, since = [], time.perf_counter()
+        distance = frechet_distance(*fit_gaussian(made(steps, nfes), features), *gaussian)
+        seconds, nfe = time.perf_counter() - since, sum(nfes) / args.n
+        append_line(args.results, {title: distance} | vars(args) | dict(
+            steps=steps, nfe=nfe, n_reference=len(reference), step=step, seconds=seconds))
+        print(f"{title} {distance:.4f}: {args.n:,} images, NFE {nfe:g}, against {len(reference):,} "
+              f"of {args.reference}, {seconds:.1f} s", *remarks, sep="\n  ")
+    print(f"appended to {args.results}")
+
+
+def run_nll(args, given):
+    """Bits per dimension of images: -log2 p(image) / numbers in an image, by the checkpoint.
+
+    examples:
+      flow_matching.py nll
+      flow_matching.py nll --n 1000 --k 50 --reference train
+    """
+    config, step, velocity, device = open_checkpoint(args)
+    named = config["data"] == "digits" or config["data"] in TORCHVISION
+    images, args.reference = load_reference(args, config, "test" if named else "train")
+    if images.shape[1] != config["channels"]:
+        raise ValueError(f"{args.reference} has {images.shape[1]} channels, not the model's "
+                         f"{config['channels']}")
+    n, K, shape = min(args.n, len(images)), args.k, images.shape[1:]
+    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))[:n]
+    parts, nfe_sum, since = [], 0, time.perf_counter()
+    for part in in_batches(n * K, args.batch or max(1, batch_size(config) // 4)):
+        draws = [torch.Generator().manual_seed(seed_from(args.seed, *divmod(j, K))) for j in part]
+        u = torch.stack([torch.rand(shape, generator=g) for g in draws])
+        signs = torch.stack([2.0 * torch.randint(2, shape, generator=g) - 1 for g in draws])
+        x = (images[chosen[torch.tensor(part) // K]] + u) / 128 - 1
+        log_p, nfe = log_likelihood(
+            velocity, x.to(device), PATHS[config["path"]], T_END[config["path"]],
+            None if args.exact else [signs.to(device)],
+            solver=args.solver, steps=args.steps, tolerance=args.tolerance)
+        parts.append(log_p.cpu().double())
+        nfe_sum += nfe * len(part)
+    bits = bits_per_dim(torch.cat(parts).reshape(n, K), math.prod(shape))
+    mean, error = bits.mean().item(), bits.std().item() / n**0.5
+    nfe, seconds = nfe_sum / (n * K), time.perf_counter() - since
+    append_line(args.results, dict(bits_per_dim=mean, standard_error=error) | vars(args) | dict(
+        n=n, nfe=nfe, step=step, seconds=seconds))
+    divergence = "exact" if args.exact else "Hutchinson's"
+    print(f"{mean:.4f} ± {error:.4f} bits/dim: {n:,} images of {args.reference}, K = {K}, "
+          f"{divergence} divergence, {args.solver}, NFE {nfe:g}, {seconds:.1f} s\n"
+          f"appended to {args.results}")
 
 
 def run_paths(args, given):
@@ -1216,6 +1540,7 @@ def run_paths(args, given):
 
 
 COMMANDS = {"train": (run_train, TRAIN_FLAGS), "sample": (run_sample, SAMPLE_FLAGS),
+            "fid": (run_fid, FID_FLAGS), "nll": (run_nll, NLL_FLAGS),
             "paths": (run_paths, PATHS_FLAGS)}
 
 
