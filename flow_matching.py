@@ -44,6 +44,8 @@ import os
 import signal
 import sys
 import time
+import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -339,8 +341,9 @@ def log_likelihood(v, x_1, path=ot_path, t_end=1.0, probes=None, **solver):
 def bits_per_dim(log_p, D):
     """−log2 P(image) / D of images of 256 levels: (B,).
 
-    log_p: (B, K), log p_1 in nats at K draws of x = (k + u)/128 − 1, k: levels, u ~ U[0, 1): uniform
-    dequantisation, a bound from K = 1, tighter with more.  x moves 1/128 a level: 7 = log2 128 bits.
+    log_p: (B, K), nats, log p_1 of K draws of x = (k + u)/128 − 1 for levels k and u ~ U[0, 1):
+    uniform dequantisation.  The expected figure is an upper bound that K tightens.  A level
+    is 1/128 wide in x: 7 = log2 128 bits.
     """
     return 7 - (log_p.logsumexp(1) - math.log(log_p.shape[1])) / (D * math.log(2))
 
@@ -685,6 +688,8 @@ def decode(file, size, mode):
     try:
         with Image.open(file) as image:
             image = ImageOps.exif_transpose(image)
+            if image.mode in "FI" and not np.isfinite(image).all():
+                raise ValueError("pixels are not finite")
             if image.mode.startswith("I"):  # 16 bits: Pillow would clip them, not scale
                 image = Image.fromarray((np.asarray(image).clip(0, 65535) / 257).astype(np.uint8))
             if image.has_transparency_data:
@@ -715,6 +720,9 @@ def load_folder(folder, data_dir, size):
     root = Path(folder)
     endings = {e for e, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     files = sorted(f for f in root.rglob("*") if f.suffix.lower() in endings and f.is_file())
+    for f in files:
+        if f.is_symlink() and not f.resolve().is_relative_to(root.resolve()):
+            raise ValueError(f"{f} is a link to outside the folder: put the image itself there")
     if not files:
         raise ValueError(f"{folder} is no folder with images (.png, .jpg, ...) and no data set "
                          f"(digits, {', '.join(TORCHVISION)})")
@@ -748,8 +756,9 @@ def load_folder(folder, data_dir, size):
 
     if not cache.exists():
         write_atomically(cache, fill)
-    images = torch.from_numpy(np.load(cache, mmap_mode="c"))  # "c": torch wants a writable array
-    return images, labels, names
+    with warnings.catch_warnings():  # torch would rather have a writable array
+        warnings.simplefilter("ignore")
+        return torch.from_numpy(np.load(cache, mmap_mode="r")), labels, names
 
 
 def load_data(name, data_dir, size, test=False):
@@ -800,6 +809,9 @@ def write_atomically(file, write):
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f"tmp-{os.getpid()}-{file.name}")  # another run may write it too
+    for old in file.parent.glob(f"tmp-*-{file.name}"):
+        if time.time() - old.stat().st_mtime > 3600:  # of a run that was killed
+            old.unlink(missing_ok=True)
     try:
         write(temporary)
         with open(temporary, "rb+") as f:
@@ -873,24 +885,49 @@ def update_ema(ema, model, step, decay):
     torch._foreach_lerp_(list(ema.parameters()), list(model.parameters()), 1 - d)
 
 
+def check_config(config):
+    """Raises ValueError unless a config has every flag, of the right type."""
+    for flag, (default, kind, _) in CONFIG_FLAGS.items():
+        value = config[flag]
+        if type(value) is not type(default) or isinstance(kind, list) and value not in kind:
+            raise ValueError(f"config {flag} = {value!r}")
+    if config["amp"] not in DEVICE_FLAGS["amp"][1]:
+        raise ValueError(f"config amp = {config['amp']!r}")
+
+
 def load_checkpoint(file, device="cpu"):
     """What train() saved, as a dict, and its velocity model with the EMA weights, on the device.
 
-    weights_only: a hostile file cannot run code.  Raises ValueError for any other file.
+    weights_only: a hostile file cannot run code.  Raises ValueError for any file that is damaged
+    or holds anything else.
     """
     if not Path(file).is_file():
         raise ValueError(f"there is no checkpoint {file}: train first, or name another")
     try:
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-        for key in ("model", "optimizer", "scaler", "step"):
-            checkpoint[key]
-        velocity = build_velocity(checkpoint["config"])
-        velocity.load_state_dict(checkpoint["ema"])
+        with open(file, "rb") as f:
+            if damaged := zipfile.ZipFile(f).testzip():  # torch.load does not check the sums
+                raise ValueError(f"damaged at {damaged}")
+            f.seek(0)
+            checkpoint = torch.load(f, map_location="cpu", weights_only=True)
+        check_config(checkpoint["config"])
+        with torch.device("meta"):  # no memory for a wrong shape, no time for random weights
+            velocity = build_velocity(checkpoint["config"])
+        for part in ("model", "ema"):
+            velocity.load_state_dict(checkpoint[part], assign=True)
+        state = checkpoint["optimizer"]["state"]  # empty if fp16 has skipped every step
+        checkpoint["optimizer"] = dict(state=state)  # settings are the code's, not the file's
+        for i, p in enumerate(velocity.parameters()):
+            moments = [state[i][k].shape for k in ("exp_avg", "exp_avg_sq")] if state else []
+            if not p.isfinite().all() or {p.shape, *moments} != {p.shape} or state and (
+                    not state[i]["step"].isfinite()):
+                raise ValueError("weights or moments not finite, or of another shape")
+        if type(checkpoint["step"]) is not int or not isinstance(checkpoint["scaler"], dict):
+            raise TypeError("step or scaler")
     except Exception as error:  # torch, and a foreign dict, raise a dozen kinds
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:150]
         raise ValueError(f"{file} is not a whole checkpoint of this program ({reason})") from None
-    velocity = velocity.to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    return checkpoint, velocity
+    velocity = velocity.float().to(device, memory_format=torch.channels_last)
+    return checkpoint, velocity.eval().requires_grad_(False)
 
 
 def autocast(device, amp):
@@ -955,7 +992,7 @@ def train(config, out, device, compiled=False, resume=None, stop=lambda: False):
     start = resume["step"] if resume else 0
     for name, part in state.items():
         if resume and resume[name]:  # the scaler's is empty unless the run was in fp16
-            part.load_state_dict(resume[name])
+            part.load_state_dict(part.state_dict() | resume[name])
     model = velocity  # the bare module is what is saved and averaged: no "_orig_mod." in the names
     if world > 1:
         ids = [device.index] if device.type == "cuda" else None
@@ -1211,7 +1248,7 @@ SAMPLE_FLAGS = MODEL_FLAGS | DEVICE_FLAGS | OUT_FLAGS | {
 }
 REFERENCE_FLAGS = {
     "reference": (None, str, "train or test (a split of the checkpoint's data), another data set, "
-                  "or a folder"),
+                  "or a folder; default: train for fid, for nll test where there is one"),
     "data_dir": (None, str, "where downloads and caches are kept; default: as in training"),
     "results": (None, str, "file that gets a line of JSON appended for each figure; default: "
                 "results.jsonl beside the checkpoint"),
@@ -1221,7 +1258,7 @@ FID_FLAGS = MODEL_FLAGS | DEVICE_FLAGS | REFERENCE_FLAGS | {
     "steps": ([20], counts, "steps of the solver; several, as in 5,10,20, give a curve"),
     "guidance": (1.0, number(float, 0), "scale of classifier-free guidance, 1 for none"),
     "images": (None, str, "folder of images, square and of one size, to judge in place of a "
-               "checkpoint; needs --reference"),
+               "checkpoint; needs --reference; default: none"),
     "features": ("inception", ["inception", "pixels"], "of the Fréchet distance; only inception's "
                  "is called FID"),
     "inception": (None, str, "file of the Inception weights; default: downloaded"),
@@ -1435,7 +1472,7 @@ def run_fid(args, given):
       flow_matching.py fid --solver euler --steps 5,10,20,50 --reference test
       flow_matching.py fid --images made/ --reference photos/
     """
-    others = sorted(given.keys() & {"ckpt", "n", "seed", "guidance", "solver", "steps", "tolerance"})
+    others = sorted(given.keys() & (MODEL_FLAGS.keys() - {"batch"} | {"n", "guidance", "amp"}))
     if args.images and (others or args.reference in (None, "train", "test")):
         raise ValueError("--images needs --reference, a data set or a folder" +
                          "".join(f", and no --{other}" for other in others))
@@ -1451,6 +1488,11 @@ def run_fid(args, given):
     batch = args.batch or batch_size(config)
     features = pixels if args.features == "pixels" else inception(args.inception, device)
     reference, args.reference = load_reference(args, config, "train")
+    C = images.shape[1] if args.images else config["channels"]
+    if features is pixels and reference.shape[1] != C:
+        raise ValueError(f"{args.reference} has {reference.shape[1]} channels, the images have {C}")
+    if features is pixels and C * config["size"] ** 2 > 4096:
+        raise ValueError("--features pixels is for images up to 64 x 64 grey or 32 x 32 RGB")
     gaussian = fit_reference(reference, features, args.features, batch, args.data_dir)
 
     def made(steps, nfes):  # uint8 batches
@@ -1458,14 +1500,14 @@ def run_fid(args, given):
             if args.images:
                 yield images[part]
                 continue
-            noise = draw_noise(args.seed, part, reference.shape[1:]).to(device)
+            noise = draw_noise(args.seed, part, (C, *reference.shape[2:])).to(device)
             y = [i % len(config["names"]) for i in part] if config["names"] else None
             x, nfe = generate(velocity, config, noise, y, args.guidance, pick_amp(args.amp, device),
                               solver=args.solver, steps=steps, tolerance=args.tolerance)
             nfes.append(nfe * len(part))
             yield to_uint8(x)
 
-    title = "FID" if args.features == "inception" else "Fréchet distance of pixels"
+    title = dict(inception="FID", pixels="Fréchet distance of pixels")[args.features]
     n, D = min(args.n, len(reference)), len(gaussian[0])
     remarks = ["under 50,000 images: not comparable with papers"] if args.n < 50_000 else []
     remarks += [f"{n:,} images for {D:,} features: a covariance is singular"] if n <= D else []
@@ -1473,10 +1515,10 @@ def run_fid(args, given):
         nfes, since = [], time.perf_counter()
         distance = frechet_distance(*fit_gaussian(made(steps, nfes), features), *gaussian)
         seconds, nfe = time.perf_counter() - since, sum(nfes) / args.n
-        append_line(args.results, {title: distance} | vars(args) | dict(
-            steps=steps, nfe=nfe, n_reference=len(reference), step=step, seconds=seconds))
         print(f"{title} {distance:.4f}: {args.n:,} images, NFE {nfe:g}, against {len(reference):,} "
               f"of {args.reference}, {seconds:.1f} s", *remarks, sep="\n  ")
+        append_line(args.results, dict(frechet_distance=distance) | vars(args) | dict(
+            steps=steps, nfe=nfe, n_reference=len(reference), step=step, seconds=seconds))
     print(f"appended to {args.results}")
 
 
@@ -1510,12 +1552,12 @@ def run_nll(args, given):
     bits = bits_per_dim(torch.cat(parts).reshape(n, K), math.prod(shape))
     mean, error = bits.mean().item(), bits.std().item() / n**0.5
     nfe, seconds = nfe_sum / (n * K), time.perf_counter() - since
-    append_line(args.results, dict(bits_per_dim=mean, standard_error=error) | vars(args) | dict(
-        n=n, nfe=nfe, step=step, seconds=seconds))
     divergence = "exact" if args.exact else "Hutchinson's"
     print(f"{mean:.4f} ± {error:.4f} bits/dim: {n:,} images of {args.reference}, K = {K}, "
-          f"{divergence} divergence, {args.solver}, NFE {nfe:g}, {seconds:.1f} s\n"
-          f"appended to {args.results}")
+          f"{divergence} divergence, {args.solver}, NFE {nfe:g}, {seconds:.1f} s")
+    append_line(args.results, dict(bits_per_dim=mean, standard_error=error) | vars(args) | dict(
+        n=n, nfe=nfe, step=step, seconds=seconds))
+    print(f"appended to {args.results}")
 
 
 def run_paths(args, given):
@@ -1572,9 +1614,10 @@ def main(argv=None):
     defaults = {k: v[0] for k, v in args.flags.items()}
     try:
         args.run(argparse.Namespace(**defaults | given), given)
-    except (torch.OutOfMemoryError, MemoryError):
-        args.error("out of memory: lower --batch or --size")
-    except (ValueError, OSError, ArithmeticError, RuntimeError) as error:
+    except (ValueError, OSError, ArithmeticError, RuntimeError, MemoryError) as error:
+        short = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if short or "allocate memory" in str(error):  # torch's on a CPU is a RuntimeError
+            error = "out of memory: lower --batch, --size or --width"
         args.error(error)
     except KeyboardInterrupt:
         sys.exit(130)

@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import hashlib
 import itertools
 import json
 import math
@@ -425,6 +426,61 @@ def test_invert_recovers_the_noise_of_an_image(name):
     torch.testing.assert_close(x_0, noise, rtol=1e-4, atol=1e-4)
 
 
+@ALL_PATHS
+def test_likelihood_of_gaussian_data_is_its_closed_form(name):
+    """One Gaussian N(m, τ²): the flow is affine, x_1 = α m + (s_1/s_0)(x_0 − α_0 m), s = std at t.
+
+    So N(0, σ_0²) is pushed to another Gaussian, for vp and ve not quite onto the data's.
+    """
+    path, t_end, tau = fm.PATHS[name], fm.T_END[name], 0.3
+    m = double(1, 1, 2, 2, seed=1)
+    v = lambda x, t: fm.marginal_velocity(path, x.flatten(1), t, m.flatten(1), tau).reshape(x.shape)
+    ends = path(torch.tensor([0.0, t_end], dtype=torch.float64))
+    (a_0, a_1), (s_0, s_1) = ends[0], ((ends[0] * tau) ** 2 + ends[1] ** 2).sqrt()
+    law = torch.distributions.Normal(a_1 * m - s_1 / s_0 * a_0 * m, s_1 / s_0 * ends[1][0])
+    x_1 = m + tau * double(5, 1, 2, 2)
+    log_p, nfe = fm.log_likelihood(v, x_1, path, t_end, solver="dopri5", tolerance=1e-10)
+    torch.testing.assert_close(log_p, law.log_prob(x_1).flatten(1).sum(1), rtol=1e-6, atol=1e-6)
+    assert log_p.shape == (5,) and nfe > 20
+
+
+def test_hutchinson_is_unbiased():
+    """The mean over all 16 sign vectors is the exact trace, while no two estimates need agree."""
+    means, fixed = double(3, 4, seed=2), dict(solver="rk4", steps=10)
+    v = lambda x, t: fm.marginal_velocity(fm.ot_path, x, t, means, 0.3)
+    x_1 = means + 0.1 * double(3, 4)
+    exact, _ = fm.log_likelihood(v, x_1, **fixed)
+    signs = [torch.tensor(s).double().expand(3, 4) for s in itertools.product((-1, 1), repeat=4)]
+    each = torch.stack([fm.log_likelihood(v, x_1, probes=[s], **fixed)[0] for s in signs])
+    torch.testing.assert_close(each.mean(0), exact, rtol=1e-10, atol=1e-10)
+    assert (each.std(0) > 1e-3).all()
+
+
+@ALL_PATHS
+def test_the_density_of_a_model_in_the_plane_integrates_to_1(name):
+    """By a sum over a grid, exact for smooth densities.  The model is any smooth field."""
+    start = fm.PATHS[name](torch.zeros(1).double())[1].item()
+    v = lambda x, t: torch.stack([(x[:, 1] + t).sin(), (2 * x[:, 0]).cos() - x[:, 1] * t], 1)
+    axis = torch.linspace(-1, 1, 201, dtype=torch.float64) * (6 * start + 2)
+    x = torch.cartesian_prod(axis, axis)
+    log_p, _ = fm.log_likelihood(v, x, fm.PATHS[name], solver="rk4", steps=60)
+    total = log_p.exp().sum() * (axis[1] - axis[0]) ** 2
+    # the cells of ve's grid, 3 wide, see the field's wiggles of that width only on average
+    assert total.item() == pytest.approx(1, abs=2e-3 if name == "ve" else 1e-6)
+
+
+def test_bits_per_dim_of_known_densities():
+    """Uniform over [-1, 1]^D: each of 256 levels is as likely: 8 bits.  K draws: a mean inside."""
+    D = 12
+    torch.testing.assert_close(fm.bits_per_dim(torch.full((3, 1), -D * math.log(2)), D),
+                               torch.full((3,), 8.0))
+    log_p = double(5, 7)
+    by_hand = -(log_p.exp().mean(1) * 128.0**-D).log2() / D
+    torch.testing.assert_close(fm.bits_per_dim(log_p, D), by_hand)
+    one = torch.stack([fm.bits_per_dim(log_p[:, [k]], D) for k in range(7)])
+    assert (fm.bits_per_dim(log_p, D) < one.mean(0)).all()
+
+
 def test_guidance_is_the_paper_s_line_through_both_fields():
     v = lambda x, t, y: calls.append(y) or x * (1.0 if y is None else y[:, None])
     x, y, calls = double(3, 2), torch.tensor([2.0, 3.0, 4.0]), []
@@ -526,7 +582,7 @@ def test_most_time_frequencies_move_over_the_unit_interval():
 
 
 # ------------------------------------------------------------------------------------------------
-# §1-§5: every definition runs when it is pasted alone
+# §1-§6: every definition runs when it is pasted alone
 # ------------------------------------------------------------------------------------------------
 
 T, X = "torch.rand(2)", "torch.randn(2, 1, 8, 8)"
@@ -553,15 +609,21 @@ PASTED = {
     "zero_": "zero_(nn.Linear(2, 2))", "Attention": "Attention(8)(torch.randn(2, 8, 4, 4))",
     "ResBlock": "ResBlock(8, 12, 4, 0.1, True)(torch.randn(2, 8, 4, 4), torch.randn(2, 4))",
     "UNet": f"{UNET}({X}, {T})",
+    "log_likelihood": f"log_likelihood(lambda x, t: x, {X}, probes=[{X}.sign()])",
+    "bits_per_dim": "bits_per_dim(torch.randn(2, 3), 10)", "pixels": f"pixels({X})",
+    "resize_as_tensorflow_1": f"resize_as_tensorflow_1({X})", "inception": "INCEPTION_SHA256",
+    "fit_gaussian": f"fit_gaussian([{X}], lambda x: x.flatten(1))",
+    "frechet_distance": "frechet_distance(np.zeros(2), np.eye(2), np.ones(2), np.eye(2))",
 }
 
 
 def test_every_definition_of_the_paper_and_the_network_runs_when_pasted_alone():
     source = SCRIPT.read_text()
     body = ast.parse(source).body
-    first, last = (source[: source.index(mark)].count("\n") for mark in ("# §1 ", "# §6 "))
+    first, last = (source[: source.index(mark)].count("\n") for mark in ("# §1 ", "# §7 "))
     imports = [n for n in body if isinstance(n, (ast.Import, ast.ImportFrom))]
-    imports = [n for n in imports if re.search("math|functools|torch|numpy|scipy", ast.unparse(n))]
+    used = "math|functools|hashlib|torch|numpy|scipy|pathlib"
+    imports = [n for n in imports if re.search(used, ast.unparse(n))]
     named = {n.name if hasattr(n, "name") else ast.unparse(n.targets[0]): n for n in body
              if isinstance(n, (ast.FunctionDef, ast.ClassDef, ast.Assign))}
     definitions = [k for k, n in named.items() if first < n.lineno < last
@@ -587,7 +649,115 @@ def test_every_definition_of_the_paper_and_the_network_runs_when_pasted_alone():
 
 
 # ------------------------------------------------------------------------------------------------
-# §6  Data
+# §6  Fréchet distance
+# ------------------------------------------------------------------------------------------------
+
+
+def spd(D, seed, rank=None):
+    """A random covariance: (D, D) numpy, of the given rank."""
+    A = double(D, rank or D, seed=seed).numpy()
+    return A @ A.T / D
+
+
+def test_frechet_distance_of_known_gaussians():
+    m, S, d = double(8).numpy(), spd(8, 1), double(8, seed=2).numpy()
+    assert fm.frechet_distance(m, S, m, S) == pytest.approx(0, abs=1e-10)
+    assert fm.frechet_distance(m, S, m + d, S) == pytest.approx(d @ d)
+    Q = np.linalg.qr(double(8, 8, seed=3).numpy())[0]  # commuting: the same axes
+    a, b = np.arange(8.0), np.arange(8.0)[::-1] ** 2  # singular, both
+    distance = fm.frechet_distance(m, Q * a @ Q.T, m, Q * b @ Q.T)
+    assert distance == pytest.approx(((np.sqrt(a) - np.sqrt(b)) ** 2).sum(), rel=1e-7)
+    A, B = spd(2, 4), spd(2, 5)  # not commuting: tr √(AB) = √(tr AB + 2 √det AB) for 2 × 2
+    root = math.sqrt(np.trace(A @ B) + 2 * math.sqrt(np.linalg.det(A @ B)))
+    expected = np.trace(A) + np.trace(B) - 2 * root
+    assert fm.frechet_distance(m[:2], A, m[:2], B) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("rank", [30, 10])
+def test_frechet_distance_agrees_with_the_singular_values_of_the_factors(rank):
+    """With S = C Cᵀ, tr √(S_1 S_2) is the sum of the singular values of C_1ᵀ C_2; also n < D."""
+    C_1, C_2 = (double(30, rank, seed=s).numpy() for s in (1, 2))
+    S_1, S_2, zero = C_1 @ C_1.T, C_2 @ C_2.T, np.zeros(30)
+    root = np.linalg.svd(C_1.T @ C_2, compute_uv=False).sum()
+    expected = np.trace(S_1) + np.trace(S_2) - 2 * root
+    # square roots of rounded zeros: 1e-16 becomes 1e-8
+    assert fm.frechet_distance(zero, S_1, zero, S_2) == pytest.approx(expected, rel=1e-7)
+    assert fm.frechet_distance(zero, S_2, zero, S_1) == pytest.approx(expected, rel=1e-7)
+    with pytest.raises(ValueError):
+        fm.frechet_distance(zero, S_1 * np.nan, zero, S_2)
+
+
+@pytest.mark.parametrize("batch", [1, 7, 100])
+def test_streamed_statistics_equal_numpy_s(batch):
+    """Even where the mean is a million standard deviations from zero."""
+    x = double(100, 5) * torch.tensor([1, 2, 3, 4, 5]) + 1e6
+    mean, cov = fm.fit_gaussian(x.split(batch), lambda part: part)
+    np.testing.assert_allclose(mean, x.numpy().mean(0), rtol=1e-12)
+    np.testing.assert_allclose(cov, np.cov(x.numpy().T), rtol=1e-9, atol=1e-9)
+
+
+def test_statistics_of_too_few_or_broken_features_are_refused():
+    for x, says in (([], "two images"), ([torch.ones(1, 3)], "two images"),
+                    ([torch.ones(4, 3), torch.full((2, 3), math.nan)], "not finite")):
+        with pytest.raises(ValueError, match=says):
+            fm.fit_gaussian(x, lambda part: part)
+
+
+def test_resizing_is_tensorflow_1_s():
+    """Pixel i comes from i·in/299: ramps stay ramps up to the last pixel; 299 is left alone."""
+    ramp = torch.arange(32.0)[:, None] * torch.tensor([2.0]) + 10 * torch.arange(16.0)
+    i = torch.arange(299)
+    expected = 2 * (i * 32 / 299).clamp(max=31)[:, None] + 10 * (i * 16 / 299).clamp(max=15)
+    torch.testing.assert_close(fm.resize_as_tensorflow_1(ramp[None, None])[0, 0], expected,
+                               rtol=1e-5, atol=1e-4)
+    x = torch.rand(1, 2, 299, 299)
+    assert torch.equal(fm.resize_as_tensorflow_1(x), x)
+
+
+@pytest.fixture(scope="module")
+def inception_file(tmp_path_factory):
+    """Random weights under the names and shapes of the published file."""
+    rng, weights = np.random.default_rng(0), {}
+    net = fm.torchvision.models.inception_v3(num_classes=1008, aux_logits=False, init_weights=False)
+    for k, p in net.state_dict().items():
+        if p.dim() == 4:
+            w = rng.normal(size=p.shape) * np.sqrt(2 / np.prod(p.shape[1:]))
+        elif "var" in k:
+            w = rng.uniform(0.5, 1.5, p.shape)
+        elif k.endswith("bn.weight"):
+            w = rng.uniform(0.8, 1.2, p.shape)
+        elif "num_batches" not in k:
+            w = rng.normal(size=p.shape) * 0.1
+        else:
+            continue
+        weights[k] = torch.from_numpy(w.astype(np.float32))
+    file = tmp_path_factory.mktemp("inception") / "weights.pth"
+    torch.save(weights, file)
+    return file
+
+
+@pytest.fixture
+def trusted(inception_file, monkeypatch):
+    """That file, with its hash in the place of the published one's."""
+    sha256 = hashlib.sha256(inception_file.read_bytes()).hexdigest()
+    monkeypatch.setattr(fm, "INCEPTION_SHA256", sha256)
+    return inception_file
+
+
+def test_inception_features_are_torch_fidelity_s(trusted):
+    """Against `inception-v3-compat` of torch-fidelity 0.4.0 with the same weights and image."""
+    features = fm.inception(trusted)
+    x = torch.from_numpy(np.random.default_rng(2).integers(0, 256, (1, 3, 40, 40), dtype=np.uint8))
+    expected = [0.9111799001693726, 5.1490044593811035, 7.382638454437256, 0.3674629330635071,
+                7.333246231079102, 3.3332443237304688]
+    np.testing.assert_allclose(features(x)[0, ::400], expected, rtol=1e-4)
+    grey = x[:, :1]
+    torch.testing.assert_close(features(grey), features(grey.expand(-1, 3, -1, -1)))
+    assert features(x).shape == (1, 2048)
+
+
+# ------------------------------------------------------------------------------------------------
+# §7  Data
 # ------------------------------------------------------------------------------------------------
 
 
@@ -696,7 +866,7 @@ def test_torchvision_sets_load_from_files_in_their_own_format(tmp_path, monkeypa
 
 
 # ------------------------------------------------------------------------------------------------
-# §7  Training
+# §8  Training
 # ------------------------------------------------------------------------------------------------
 
 TINY = ("--size 8 --width 8 --mults 1,2 --blocks 1 --attention 4 --dropout 0.2 --batch 8 --lr 0.01 "
@@ -924,7 +1094,7 @@ def test_sigterm_writes_a_checkpoint_and_says_how_to_go_on(tiny, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------
-# §8  Command line
+# §10  Command line
 # ------------------------------------------------------------------------------------------------
 
 
@@ -1028,6 +1198,131 @@ def test_classes_that_are_not_there_are_refused(tiny, tmp_path, capsys):
     Image.new("L", (8, 8)).save(tmp_path / "flat.png")
     flags = ["train", "--data", str(tmp_path), "--data-dir", str(tmp_path / "cache"), "--classes"]
     assert "class subfolders" in refuse(flags + TINY + ["--out", str(tmp_path / "run")], capsys)
+
+
+def rows(file):
+    return [json.loads(line) for line in Path(file).read_text().splitlines()]
+
+
+def test_fid_of_a_checkpoint_is_fid_of_the_images_that_sample_writes(tiny, tmp_path, capsys):
+    root, _ = tiny
+    model = ["--ckpt", str(root / "whole" / "checkpoint.pt"), "--n", "9", "--seed", "3"]
+    file, made = str(tmp_path / "results.jsonl"), str(tmp_path / "made")
+    fid = ["fid", "--features", "pixels", "--results", file, "--data-dir", str(tmp_path)]
+    fm.main(fid + model + ["--steps", "2,3", "--solver", "euler", "--batch", "4"])
+    fm.main(["sample", *model, "--steps", "3", "--solver", "euler", "--out", made])
+    fm.main(fid + ["--images", made, "--reference", str(root / "set")])
+    fm.main(fid + ["--images", str(root / "set"), "--reference", str(root / "set")])
+    two, three, again, itself = rows(file)
+    name = "frechet_distance"
+    assert (two["nfe"], three["nfe"], three["n"], three["n_reference"]) == (2, 3, 9, 24)
+    assert three[name] != pytest.approx(two[name], rel=1e-3)
+    assert again[name] == pytest.approx(three[name], rel=1e-3)  # a level may round the other way
+    assert itself[name] == pytest.approx(0, abs=1e-5)
+    said = capsys.readouterr().out
+    assert "FID" not in said and "not comparable" in said and "covariance is singular" in said
+
+
+def test_fid_with_inception_says_what_it_compared(tiny, trusted, tmp_path, capsys):
+    folder, file = str(tiny[0] / "set"), tmp_path / "rows"
+    fid = ["fid", "--images", folder, "--reference", folder, "--data-dir", str(tmp_path)]
+    fm.main(fid + ["--inception", str(trusted), "--results", str(file)])
+    assert rows(file)[0]["frechet_distance"] == pytest.approx(0, abs=1e-3)
+    said = capsys.readouterr().out
+    assert "FID 0.000" in said or "FID -0.000" in said
+    assert "24 images" in said and "not comparable" in said and "singular" in said
+
+
+def test_reference_statistics_are_kept_until_anything_changes(tmp_path, capsys):
+    images = torch.randint(256, (20, 1, 4, 4), dtype=torch.uint8)
+    calls = []
+    features = lambda part: calls.append(len(part)) or fm.pixels(part)
+    first = fm.fit_reference(images, features, "a", 8, tmp_path)
+    again = fm.fit_reference(images, features, "a", 8, tmp_path)
+    assert sum(calls) == 20 and all(np.array_equal(a, b) for a, b in zip(first, again))
+    np.testing.assert_allclose(first[1], np.cov(fm.pixels(images).T), rtol=1e-6, atol=1e-9)
+    fm.fit_reference(images, features, "b", 8, tmp_path)
+    images[3, 0, 2, 1] += 1
+    fm.fit_reference(images, features, "a", 8, tmp_path)
+    assert sum(calls) == 60
+
+
+def test_nll_of_a_model_that_stands_still_is_its_prior_s(tiny, tmp_path):
+    """With v = 0, p_1 = N(0, 1): bits/dim = 7 + E[x²]/(2 ln 2) + ½ log2 2π, by hand.
+
+    E over u of x = (k + u)/128 − 1 is exact; the draws of 24 × 64 u leave less than 1e-4.
+    """
+    root, _ = tiny
+    checkpoint = load(root / "whole")
+    ema = {k: 0 * p if k.startswith("net.out.") else p for k, p in checkpoint["ema"].items()}
+    torch.save(checkpoint | {"ema": ema}, tmp_path / "still.pt")
+    nll = ["nll", "--ckpt", str(tmp_path / "still.pt"), "--solver", "rk4", "--steps", "2", "--n",
+           "999", "--reference", str(root / "set"), "--data-dir", str(tmp_path)]
+    fm.main(nll)
+    fm.main(nll + ["--exact", "--batch", "5"])
+    k = fm.load_folder(root / "set", tmp_path, 8)[0].double()
+    second_moment = ((k + 0.5) / 128 - 1).square().mean() + 1 / (12 * 128**2)
+    expected = 7 + second_moment / (2 * math.log(2)) + 0.5 * math.log2(2 * math.pi)
+    for row in rows(tmp_path / "results.jsonl"):
+        assert row["bits_per_dim"] == pytest.approx(expected.item(), abs=2e-4)
+        assert row["n"] == 24 and row["nfe"] == 8
+        each = (((k + 0.5) / 128 - 1).square().flatten(1).mean(1)) / (2 * math.log(2))
+        assert row["standard_error"] == pytest.approx((each.std() / 24**0.5).item(), rel=1e-2)
+
+
+def test_nll_is_the_same_for_any_batch_and_k_lowers_it(tiny, tmp_path):
+    file = tmp_path / "rows"
+    nll = ["nll", "--ckpt", str(tiny[0] / "whole" / "checkpoint.pt"), "--solver", "midpoint",
+           "--steps", "8", "--n", "12", "--results", str(file)]
+    for more in ("--k 1", "--k 8", "--k 8 --batch 7"):
+        fm.main(nll + more.split())
+    one, eight, batched = (row["bits_per_dim"] for row in rows(file))
+    assert eight < one and batched == pytest.approx(eight, rel=1e-5)
+
+
+@pytest.mark.parametrize("more, says", [
+    ("--inception other.pth", "another SHA-256"), ("--inception nowhere.pth", "nowhere.pth"),
+    ("--inception pickle.pth", "another SHA-256"), ("", "--inception FILE"),
+    ("--features pixels --inception other.pth", "--inception"),
+    ("--features pixels --reference nowhere", "nowhere"),
+    ("--features pixels --reference test", "no test split"),
+    ("--features pixels --images set", "--reference"), ("--n 1", "--n"), ("--steps 5,0", "--steps"),
+    ("--features pixels --images set --reference set --n 5", "no --n"),
+    ("--features pixels --images one --reference set", "at least two"),
+    ("--features pixels --images sizes --reference set", "8 x 8: all must be square"),
+    ("--features pixels --images oblong --reference set", "must be square"),
+    ("--features pixels --images empty --reference set", "no folder with images"),
+    ("--features pixels --images nan --reference set", "not finite"),
+    ("--features pixels --reference colour", "3 channels"),
+])
+def test_fid_refuses_with_one_line(more, says, tiny, tmp_path, monkeypatch, capsys):
+    def fail(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setattr("urllib.request.urlopen", fail)
+    torch.save({"model": Payload()}, "pickle.pth")
+    Path("other.pth").write_bytes(b"other")
+    write_folder(tmp_path / "set")
+    write_folder(tmp_path / "one", n=1)
+    Image.new("L", (9, 9)).save(write_folder(tmp_path / "sizes") / "z.png")
+    for name, picture in (("oblong", Image.new("L", (8, 9))), ("colour", Image.new("RGB", (8, 8))),
+                          ("nan", Image.fromarray(np.full((8, 8), np.nan, np.float32)))):
+        (tmp_path / name).mkdir()
+        picture.save(tmp_path / name / "0.tiff")
+    (tmp_path / "empty").mkdir()
+    images = "--images" in more
+    model = [] if images else ["--ckpt", str(tiny[0] / "whole" / "checkpoint.pt")]
+    assert says in refuse(["fid", *model, "--data-dir", "cache", *more.split()], capsys)
+    assert not Path("payload-ran").exists() and not Path("results.jsonl").exists()
+
+
+def test_nll_refuses_images_that_the_model_was_not_made_for(tiny, tmp_path, capsys):
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "0.png")
+    error = refuse(["nll", "--ckpt", str(tiny[0] / "whole" / "checkpoint.pt"), "--reference",
+                    str(tmp_path), "--data-dir", str(tmp_path / "cache")], capsys)
+    assert "3 channels" in error
 
 
 def test_paths_draws_its_picture_and_prints_its_table(tmp_path, monkeypatch, capsys):
