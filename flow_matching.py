@@ -909,6 +909,11 @@ def load_checkpoint(file, device="cpu"):
                 raise ValueError(f"damaged at {damaged}")
             f.seek(0)
             checkpoint = torch.load(f, map_location="cpu", weights_only=True)
+        for part in ("config", "model", "ema", "optimizer", "scaler"):
+            if not isinstance(checkpoint[part], dict):
+                raise TypeError(part)
+        if type(checkpoint["step"]) is not int or checkpoint["step"] < 1:
+            raise TypeError("step")
         check_config(checkpoint["config"])
         with torch.device("meta"):  # no memory for a wrong shape, no time for random weights
             velocity = build_velocity(checkpoint["config"])
@@ -917,12 +922,10 @@ def load_checkpoint(file, device="cpu"):
         state = checkpoint["optimizer"]["state"]  # empty if fp16 has skipped every step
         checkpoint["optimizer"] = dict(state=state)  # settings are the code's, not the file's
         for i, p in enumerate(velocity.parameters()):
-            moments = [state[i][k].shape for k in ("exp_avg", "exp_avg_sq")] if state else []
-            if not p.isfinite().all() or {p.shape, *moments} != {p.shape} or state and (
-                    not state[i]["step"].isfinite()):
-                raise ValueError("weights or moments not finite, or of another shape")
-        if type(checkpoint["step"]) is not int or not isinstance(checkpoint["scaler"], dict):
-            raise TypeError("step or scaler")
+            m = state[i] if state else dict(step=p, exp_avg=p, exp_avg_sq=p)
+            if not (m["exp_avg"].shape == m["exp_avg_sq"].shape == p.shape
+                    and p.isfinite().all() and m["step"].isfinite().all()):
+                raise ValueError("weights not finite, or moments of another shape")
     except Exception as error:  # torch, and a foreign dict, raise a dozen kinds
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:150]
         raise ValueError(f"{file} is not a whole checkpoint of this program ({reason})") from None
@@ -1536,12 +1539,17 @@ def run_nll(args, given):
         raise ValueError(f"{args.reference} has {images.shape[1]} channels, not the model's "
                          f"{config['channels']}")
     n, K, shape = min(args.n, len(images)), args.k, images.shape[1:]
-    chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))[:n]
+
+    def generator(*keys):
+        return torch.Generator().manual_seed(seed_from(args.seed, *keys))
+
+    chosen = torch.randperm(len(images), generator=generator())[:n]
     parts, nfe_sum, since = [], 0, time.perf_counter()
     for part in in_batches(n * K, args.batch or max(1, batch_size(config) // 4)):
-        draws = [torch.Generator().manual_seed(seed_from(args.seed, *divmod(j, K))) for j in part]
-        u = torch.stack([torch.rand(shape, generator=g) for g in draws])
-        signs = torch.stack([2.0 * torch.randint(2, shape, generator=g) - 1 for g in draws])
+        u = torch.stack([torch.rand(shape, generator=generator(*divmod(j, K))) for j in part])
+        # the same signs for all K: their errors would otherwise pass for differences of p
+        signs = [torch.randint(2, shape, generator=generator(j // K)) for j in part]
+        signs = 2.0 * torch.stack(signs) - 1
         x = (images[chosen[torch.tensor(part) // K]] + u) / 128 - 1
         log_p, nfe = log_likelihood(
             velocity, x.to(device), PATHS[config["path"]], T_END[config["path"]],
@@ -1569,6 +1577,8 @@ def run_paths(args, given):
     """
     out = Path(args.out or "paths.png")
     check_free(out, args)
+    if out.suffix.lower() != ".png":
+        raise ValueError("--out is NAME.png")
     means, tau = toy_data(args.data)
     table = measure_paths(means, tau, seed=args.seed)
     print("landed: share of particles within 3 tau; error: mean squared, against 1000 rk4 steps\n"
