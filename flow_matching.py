@@ -756,8 +756,7 @@ def load_folder(folder, data_dir, size):
 
     if not cache.exists():
         write_atomically(cache, fill)
-    with warnings.catch_warnings():  # torch would rather have a writable array
-        warnings.simplefilter("ignore")
+    with warnings.catch_warnings(record=True):  # silent: torch would rather have a writable array
         return torch.from_numpy(np.load(cache, mmap_mode="r")), labels, names
 
 
@@ -904,7 +903,7 @@ def load_checkpoint(file, device="cpu"):
     if not Path(file).is_file():
         raise ValueError(f"there is no checkpoint {file}: train first, or name another")
     try:
-        with open(file, "rb") as f:
+        with open(file, "rb") as f, warnings.catch_warnings(record=True):
             if damaged := zipfile.ZipFile(f).testzip():  # torch.load does not check the sums
                 raise ValueError(f"damaged at {damaged}")
             f.seek(0)
@@ -1020,7 +1019,7 @@ def train(config, out, device, compiled=False, resume=None, stop=lambda: False):
               f"compile {compiled}\n{steps:,} steps x batch {B} = {steps * B / len(images):,.1f} "
               f"epochs; EMA decay {config['ema']}; writing {out}/")
     loss_sum, bad_step = torch.zeros(2, device=device), torch.full((), -1, device=device)
-    begun, since = start, time.perf_counter()
+    begun, since, parent = start, time.perf_counter(), os.getppid()
     for step in range(start + 1, steps + 1):  # between log lines nothing waits for the device
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
@@ -1039,6 +1038,8 @@ def train(config, out, device, compiled=False, resume=None, stop=lambda: False):
         good = torch.isfinite(norm) | scaler.is_enabled()  # the scaler skips an overflow itself
         bad_step = torch.where(good | (bad_step >= 0), bad_step, step)
 
+        if world > 1 and os.getppid() != parent:  # ranks outlive a torchrun that was killed
+            raise RuntimeError("torchrun is gone")
         stopping = stop()
         if world > 1:  # ranks must leave together: they agree at every tenth step
             flag = torch.tensor(float(stopping), device=device) if step % 10 == 0 else None

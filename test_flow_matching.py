@@ -974,6 +974,17 @@ def test_a_run_moved_from_two_ranks_to_one_follows_the_same_losses_to_rounding(t
     np.testing.assert_allclose(*losses, rtol=1e-4)
 
 
+def test_ranks_stop_when_torchrun_is_killed(tiny, tmp_path):
+    """They are not its process group: left alone they would go on beside a resumed run."""
+    file = tmp_path / "log.jsonl"
+    flags = ["--steps", "100000", "--decay", "none", "--save-every", "100000"]
+    kill_after(start(tiny[1] + flags + ["--out", str(tmp_path)], ranks=2), file, 9)
+    time.sleep(5)  # a step takes some 20 ms
+    before = file.read_text()
+    time.sleep(2)
+    assert file.read_text() == before
+
+
 def test_training_lowers_the_loss_and_leaves_pictures(tiny):
     root, _ = tiny
     run = root / "whole"
@@ -1334,6 +1345,28 @@ def test_nll_is_the_same_for_any_batch_and_k_lowers_it(tiny, tmp_path):
         fm.main(nll + more.split())
     one, eight, batched = (row["bits_per_dim"] for row in rows(file))
     assert eight < one and batched == pytest.approx(eight, rel=1e-5)
+
+
+def test_the_k_draws_of_an_image_share_their_hutchinson_signs(tiny, tmp_path, monkeypatch):
+    """Else the logarithm of the mean takes the estimate's own noise for probability.
+
+    On trained digits at K = 5: exact 1.487 bits/dim, signs shared 1.480 ± 0.013, own 1.398 ± 0.006.
+    """
+    seen = []
+
+    def watch(v, x, path, t_end, probes, **solver):
+        seen.append((x, probes[0]))
+        return torch.zeros(len(x)), 1
+
+    monkeypatch.setattr(fm, "log_likelihood", watch)
+    fm.main(["nll", "--ckpt", str(tiny[0] / "whole" / "checkpoint.pt"), "--n", "3", "--k", "4",
+             "--batch", "5", "--results", str(tmp_path / "rows")])
+    x, signs = (torch.cat(part).reshape(3, 4, 64) for part in zip(*seen))
+    assert torch.equal(signs, signs[:, :1].expand(3, 4, 64)) and (signs.abs() == 1).all()
+    assert len(torch.unique(signs[:, 0], dim=0)) == 3
+    assert len(torch.unique(x.flatten(0, 1), dim=0)) == 12
+    levels = (128 * (x + 1)).floor()  # the same image under four dequantisations
+    assert torch.equal(levels, levels[:, :1].expand(3, 4, 64))
 
 
 @pytest.mark.parametrize("more, says", [
