@@ -816,6 +816,8 @@ def write_atomically(file, write):
         with open(temporary, "rb+") as f:
             os.fsync(f.fileno())
         os.replace(temporary, file)
+    except RuntimeError as error:  # what torch.save makes of a full disk
+        raise OSError(f"{file} could not be written, is the disk full? ({error})") from None
     finally:
         temporary.unlink(missing_ok=True)
 

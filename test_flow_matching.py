@@ -9,6 +9,7 @@ import math
 import os
 import pickle
 import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -1119,6 +1120,22 @@ def test_a_write_that_fails_leaves_the_old_file_and_no_debris(tmp_path):
     with pytest.raises(OSError):
         fm.write_atomically(file, fail)
     assert [f.name for f in tmp_path.iterdir()] == ["checkpoint.pt"] and file.read_text() == "old"
+
+
+def test_a_full_disk_is_named_and_the_last_checkpoint_stays(tiny, tmp_path, capsys):
+    """A limit on the size of files stands in for it: the second checkpoint does not fit."""
+    resource = pytest.importorskip("resource")
+    run = tmp_path / "run"
+    shutil.copytree(tiny[0] / "whole", run)
+    before = (run / "checkpoint.pt").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        error = refuse(["train", "--resume", "--steps", "30", "--out", str(run)], capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "disk full" in error and "checkpoint.pt" in error
+    assert (run / "checkpoint.pt").read_bytes() == before and not list(run.glob("tmp-*"))
 
 
 def test_debris_of_a_killed_write_is_swept_up_later(tmp_path):
