@@ -1305,12 +1305,14 @@ def newest_checkpoint():
     return files[-1]
 
 
-def open_checkpoint(args):
+def open_checkpoint(args, given):
     """The config, step and EMA velocity of --ckpt, and --device; fills in paths left open."""
     device = pick_device(args.device)
     file = Path(args.ckpt or newest_checkpoint())
     checkpoint, velocity = load_checkpoint(file, device)
     config, step = checkpoint["config"], checkpoint["step"]
+    if not config["names"] and given.keys() & {"label", "guidance"}:
+        raise ValueError("--label and --guidance need a model trained with --classes")
     print(f"{file}: step {step:,}, path {config['path']}, EMA weights (decay {config['ema']})")
     opened = dict(ckpt=str(file), data_dir=config["data_dir"],
                   results=str(file.with_name("results.jsonl")))
@@ -1384,15 +1386,13 @@ def run_sample(args, given):
       flow_matching.py sample --out film.gif
       flow_matching.py sample --label 3 --guidance 2      (after train --classes)
     """
-    config, _, velocity, device = open_checkpoint(args)
+    config, _, velocity, device = open_checkpoint(args, given)
     names, amp = config["names"], pick_amp(args.amp, device)
     out = Path(args.out or Path(args.ckpt).with_name("samples.png"))
     kind = out.suffix.lower()
     check_free(out, args)
     if kind not in ("", ".png", ".gif") or kind != ".png" and args.trajectory:
         raise ValueError("--out is NAME.png (--trajectory needs it), NAME.gif or a directory")
-    if not names and given.keys() & {"label", "guidance"}:
-        raise ValueError("--label and --guidance need a model trained with --classes")
     known = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
     if args.label is not None and args.label not in known:
         raise ValueError(f"--label {args.label}: this model knows {', '.join(names)}")
@@ -1490,7 +1490,7 @@ def run_fid(args, given):
         args.n, args.steps, args.results = len(images), [None], args.results or "results.jsonl"
         config, step = dict(size=images.shape[-1], width=32), None
     else:
-        config, step, velocity, device = open_checkpoint(args)
+        config, step, velocity, device = open_checkpoint(args, given)
     batch = args.batch or batch_size(config)
     features = pixels if args.features == "pixels" else inception(args.inception, device)
     reference, args.reference = load_reference(args, config, "train")
@@ -1535,7 +1535,7 @@ def run_nll(args, given):
       flow_matching.py nll
       flow_matching.py nll --n 1000 --k 50 --reference train
     """
-    config, step, velocity, device = open_checkpoint(args)
+    config, step, velocity, device = open_checkpoint(args, given)
     named = config["data"] == "digits" or config["data"] in TORCHVISION
     images, args.reference = load_reference(args, config, "test" if named else "train")
     if images.shape[1] != config["channels"]:

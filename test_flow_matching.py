@@ -1399,7 +1399,7 @@ def test_the_k_draws_of_an_image_share_their_hutchinson_signs(tiny, tmp_path, mo
     ("--features pixels --images oblong --reference set", "must be square"),
     ("--features pixels --images empty --reference set", "no folder with images"),
     ("--features pixels --images nan --reference set", "not finite"),
-    ("--features pixels --reference colour", "3 channels"),
+    ("--features pixels --reference colour", "3 channels"), ("--guidance 2", "--classes"),
 ])
 def test_fid_refuses_with_one_line(more, says, tiny, tmp_path, monkeypatch, capsys):
     def fail(*args, **kwargs):
