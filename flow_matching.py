@@ -41,8 +41,10 @@ import inspect
 import json
 import math
 import os
+import shutil
 import signal
 import sys
+import threading
 import time
 import warnings
 import zipfile
@@ -572,17 +574,16 @@ def inception(file=None, device="cpu"):
     Needs: INCEPTION_URL, INCEPTION_SHA256, resize_as_tensorflow_1.
     """
     name = Path(INCEPTION_URL).name
-    file, cached = Path(file or ""), Path(torch.hub.get_dir(), "checkpoints", name)
-    if file == Path():
-        file = cached
-        if not cached.is_file():
-            cached.parent.mkdir(parents=True, exist_ok=True)
-            try:
-                torch.hub.download_url_to_file(INCEPTION_URL, cached, INCEPTION_SHA256)
-            except (OSError, RuntimeError) as error:
-                raise ValueError(f"the Inception weights could not be downloaded ({error}): fetch "
-                                 f"{INCEPTION_URL} elsewhere and name it with --inception FILE, "
-                                 "or use --features pixels") from None
+    cached = Path(torch.hub.get_dir(), "checkpoints", name)
+    if not file and not cached.is_file():
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(INCEPTION_URL, cached, INCEPTION_SHA256)
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"the Inception weights could not be downloaded ({error}): fetch "
+                             f"{INCEPTION_URL} elsewhere and name it with --inception FILE, or use "
+                             "--features pixels") from None
+    file = Path(file or cached)
     if hashlib.sha256(file.read_bytes()).hexdigest() != INCEPTION_SHA256:
         raise ValueError(f"{file} is not {name} (another SHA-256): fetch {INCEPTION_URL}")
     net = torchvision.models.inception_v3(num_classes=1008, aux_logits=False, init_weights=False)
@@ -604,7 +605,7 @@ def inception(file=None, device="cpu"):
         x = resize_as_tensorflow_1(images.to(device).float()).expand(-1, 3, -1, -1)
         return net(((x - 128) / 128).contiguous(memory_format=torch.channels_last))
 
-    return features
+    return lambda images: torch.cat([features(part) for part in images.split(50)])  # 1 GB at a time
 
 
 def fit_gaussian(batches, features):
@@ -635,7 +636,8 @@ def frechet_distance(mean_1, cov_1, mean_2, cov_2):
     values, vectors = scipy.linalg.eigh(cov_1)
     A = vectors * np.sqrt(values.clip(0))
     root = np.sqrt(scipy.linalg.eigvalsh(A.T @ cov_2 @ A).clip(0))
-    return float(((mean_1 - mean_2) ** 2).sum() + np.trace(cov_1 + cov_2) - 2 * root.sum())
+    shift = np.asarray_chkfinite(mean_1 - mean_2)
+    return float(shift @ shift + np.trace(cov_1 + cov_2) - 2 * root.sum())
 
 
 # ------------------------------------------------------------------------------------------------
@@ -672,8 +674,8 @@ def load_torchvision(name, data_dir, size, test=False):
     try:
         load = getattr(torchvision.datasets, TORCHVISION[name])
         data = load(data_dir, train=not test, download=True)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"{name} is not in {data_dir} and could not be downloaded ({error}): name "
+    except (OSError, RuntimeError, AssertionError, ValueError) as error:
+        raise ValueError(f"{name} is not whole in {data_dir} nor downloaded ({error}): name "
                          "its folder with --data-dir, or use --data digits") from None
     images, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets)
     images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)
@@ -739,8 +741,10 @@ def load_folder(folder, data_dir, size):
 
     def fill(temporary):
         mode = "L" if all(map(is_grey, files)) else "RGB"  # stops at the first file in colour
-        array = np.lib.format.open_memmap(temporary, "w+", np.uint8,
-                                          (len(files), {"L": 1, "RGB": 3}[mode], size, size))
+        shape = (len(files), {"L": 1, "RGB": 3}[mode], size, size)
+        if math.prod(shape) > shutil.disk_usage(temporary.parent).free:  # a bus error, else
+            raise OSError(f"no room in {data_dir} for {math.prod(shape):,} bytes of images")
+        array = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
 
         def read(i):
             image = decode(files[i], crop, mode)
@@ -892,8 +896,10 @@ def check_config(config):
         value = config[flag]
         if type(value) is not type(default) or isinstance(kind, list) and value not in kind:
             raise ValueError(f"config {flag} = {value!r}")
-    if config["amp"] not in DEVICE_FLAGS["amp"][1]:
-        raise ValueError(f"config amp = {config['amp']!r}")
+    if config["amp"] not in DEVICE_FLAGS["amp"][1] or type(config["data_rms"]) is not float:
+        raise ValueError(f"config amp = {config['amp']!r}, data_rms = {config['data_rms']!r}")
+    if not all(isinstance(name, str) for name in config["names"]):
+        raise ValueError(f"config names = {config['names']!r}")
 
 
 def load_checkpoint(file, device="cpu"):
@@ -942,7 +948,7 @@ def autocast(device, amp):
 
 def generate(velocity, config, noise, y=None, guidance=1.0, amp="off", **solver):
     """sample() for the velocity of a checkpoint, y: list of labels; images, and network calls."""
-    path, y = config["path"], None if y is None else torch.tensor(y, device=noise.device)
+    path, y = config["path"], torch.tensor(y, device=noise.device) if y else None
     with autocast(noise.device, amp):
         x, nfe = sample(guided(velocity, y, guidance), noise, PATHS[path], T_END[path], **solver)
     return x, nfe * (1 if guidance == 1 else 2)
@@ -955,6 +961,14 @@ def start_ranks(device):
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+    parent = os.getppid()
+
+    def watch():  # ranks outlive a torchrun that was killed, and would write beside a resumed run
+        while os.getppid() == parent:
+            time.sleep(0.5)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(hours=2))  # others wait for a long decode
     return dist.get_rank(), dist.get_world_size(), device
@@ -1010,8 +1024,9 @@ def train(config, out, device, compiled=False, resume=None, stop=lambda: False):
     out, log = Path(out), Path(out, "log.jsonl")
     if rank == 0:
         out.mkdir(parents=True, exist_ok=True)
-        for debris in out.glob("tmp-*"):  # of a killed run
-            debris.unlink()
+        for kind in ("checkpoint.pt", "step-*.png"):
+            for debris in out.glob(f"tmp-*-{kind}"):  # of a killed run
+                debris.unlink()
         lines = log.read_text().splitlines(True) if resume and log.exists() else []
         whole = (x for x in lines if x.endswith("}\n"))
         log.write_text("".join(x for x in whole if json.loads(x)["step"] <= start))
@@ -1021,7 +1036,7 @@ def train(config, out, device, compiled=False, resume=None, stop=lambda: False):
               f"compile {compiled}\n{steps:,} steps x batch {B} = {steps * B / len(images):,.1f} "
               f"epochs; EMA decay {config['ema']}; writing {out}/")
     loss_sum, bad_step = torch.zeros(2, device=device), torch.full((), -1, device=device)
-    begun, since, parent = start, time.perf_counter(), os.getppid()
+    begun, since = start, time.perf_counter()
     for step in range(start + 1, steps + 1):  # between log lines nothing waits for the device
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(config, step)
@@ -1040,8 +1055,6 @@ def train(config, out, device, compiled=False, resume=None, stop=lambda: False):
         good = torch.isfinite(norm) | scaler.is_enabled()  # the scaler skips an overflow itself
         bad_step = torch.where(good | (bad_step >= 0), bad_step, step)
 
-        if world > 1 and os.getppid() != parent:  # ranks outlive a torchrun that was killed
-            raise RuntimeError("torchrun is gone")
         stopping = stop()
         if world > 1:  # ranks must leave together: they agree at every tenth step
             flag = torch.tensor(float(stopping), device=device) if step % 10 == 0 else None
@@ -1076,6 +1089,7 @@ def train(config, out, device, compiled=False, resume=None, stop=lambda: False):
             break
         begun, since = step, time.perf_counter()
     if dist.is_initialized():
+        dist.barrier()  # taken down in the middle of a sum, gloo can wait for ever
         dist.destroy_process_group()
 
 
@@ -1187,8 +1201,13 @@ def number(kind, low, high=10**12):
 
 
 def counts(text):
-    """An argparse type: "1,2,2" as [1, 2, 2], "none" as []."""
-    return [] if text == "none" else [COUNT(part) for part in text.split(",")]
+    """An argparse type: "1,2,2" as [1, 2, 2]."""
+    return [COUNT(part) for part in text.split(",")]
+
+
+def counts_or_none(text):
+    """An argparse type: counts, or "none" as []."""
+    return [] if text == "none" else counts(text)
 
 
 COUNT, WHOLE, POSITIVE = number(int, 1), number(int, 0), number(float, 1e-12)
@@ -1214,7 +1233,7 @@ CONFIG_FLAGS = {  # a run is a function of these and --amp; they are kept in its
     "width": (32, COUNT, "channels at full resolution, a multiple of 4"),
     "mults": ([1, 2, 2], counts, "multiples of the width, one per level"),
     "blocks": (1, COUNT, "residual blocks per level"),
-    "attention": ([], counts, "heights of feature maps at which to attend, such as 16,8; or none"),
+    "attention": ([], counts_or_none, "heights of maps at which to attend, as 16,8; or none"),
     "patch": (1, COUNT, "fold PATCH x PATCH pixels into channels: faster"),
     "dropout": (0.0, FRACTION, "share of activations dropped in residual blocks"),
     "label_drop": (0.1, FRACTION, "share of samples trained without their label, for guidance"),
@@ -1257,7 +1276,7 @@ REFERENCE_FLAGS = {
                   "or a folder; default: train for fid, for nll test where there is one"),
     "data_dir": (None, str, "where downloads and caches are kept; default: as in training"),
     "results": (None, str, "file that gets a line of JSON appended for each figure; default: "
-                "results.jsonl beside the checkpoint"),
+                "results.jsonl beside the checkpoint, or here"),
 }
 FID_FLAGS = MODEL_FLAGS | DEVICE_FLAGS | REFERENCE_FLAGS | {
     "n": (50_000, number(int, 2), "number of images to make; papers use 50000"),
@@ -1314,8 +1333,8 @@ def open_checkpoint(args, given):
     if not config["names"] and given.keys() & {"label", "guidance"}:
         raise ValueError("--label and --guidance need a model trained with --classes")
     print(f"{file}: step {step:,}, path {config['path']}, EMA weights (decay {config['ema']})")
-    opened = dict(ckpt=str(file), data_dir=config["data_dir"],
-                  results=str(file.with_name("results.jsonl")))
+    opened = dict(ckpt=str(file), data_dir=config["data_dir"], device=device.type,
+                  amp=pick_amp(None, device), results=str(file.with_name("results.jsonl")))
     vars(args).update(opened | {k: v for k, v in vars(args).items() if v is not None})
     return config, step, velocity, device
 
@@ -1327,6 +1346,7 @@ def batch_size(config):
 
 def append_line(file, row):
     """Add a row to a file of JSON lines."""
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
     with open(file, "a") as f:
         f.write(json.dumps(row) + "\n")
 
@@ -1387,7 +1407,7 @@ def run_sample(args, given):
       flow_matching.py sample --label 3 --guidance 2      (after train --classes)
     """
     config, _, velocity, device = open_checkpoint(args, given)
-    names, amp = config["names"], pick_amp(args.amp, device)
+    names, amp = config["names"], args.amp
     out = Path(args.out or Path(args.ckpt).with_name("samples.png"))
     kind = out.suffix.lower()
     check_free(out, args)
@@ -1415,7 +1435,7 @@ def run_sample(args, given):
     def make(numbers):  # uint8 frames (F, b, C, H, W), of which the last is the images; NFE
         y = [known[args.label] if args.label else i // columns % rows for i in numbers if names]
         x_0 = torch.stack([noise(i) for i in numbers]).to(device)
-        x, nfe = generate(velocity, config, x_0, y or None, args.guidance, amp, **solver)
+        x, nfe = generate(velocity, config, x_0, y, args.guidance, amp, **solver)
         if film:  # the noise of ve, to 150, is scaled down to be seen
             times = torch.linspace(0, T_END[config["path"]], len(x), device=device)
             x = x / PATHS[config["path"]](times)[1].clamp(min=1).reshape(-1, 1, 1, 1, 1)
@@ -1447,6 +1467,12 @@ def run_sample(args, given):
           f"{time.perf_counter() - since:.1f} s")
 
 
+def check_steps(args, given):
+    """Raises ValueError for --steps with a solver that has none."""
+    if args.solver == "dopri5" and "steps" in given:
+        raise ValueError("dopri5 chooses its own steps: leave out --steps, or take --solver rk4")
+
+
 def load_reference(args, config, default):
     """The images that --reference names, at the size of the model's, and what to call them."""
     what = args.reference or default
@@ -1465,12 +1491,14 @@ def fit_reference(images, features, name, batch, data_dir):
         parts = in_batches(len(images), batch, "reference ")
         mean, cov = fit_gaussian((images[part] for part in parts), features)
         write_atomically(cache, lambda temporary: np.save(temporary, np.vstack([mean, cov])))
-    mean, *cov = np.load(cache)
-    return mean, np.stack(cov)
+    table = np.load(cache)
+    return table[0], table[1:]
 
 
 def run_fid(args, given):
     """Fréchet distance between made images (a checkpoint's, or --images) and real ones.
+
+    A model trained with --classes makes as many images of each.
 
     examples:
       flow_matching.py fid
@@ -1479,7 +1507,7 @@ def run_fid(args, given):
       flow_matching.py fid --images made/ --reference photos/
     """
     others = sorted(given.keys() & (MODEL_FLAGS.keys() - {"batch"} | {"n", "guidance", "amp"}))
-    if args.images and (others or args.reference in (None, "train", "test")):
+    if args.images and (others or args.reference in (None, "", "train", "test")):
         raise ValueError("--images needs --reference, a data set or a folder" +
                          "".join(f", and no --{other}" for other in others))
     if args.inception and args.features == "pixels":
@@ -1492,6 +1520,7 @@ def run_fid(args, given):
     else:
         config, step, velocity, device = open_checkpoint(args, given)
     batch = args.batch or batch_size(config)
+    check_steps(args, given)
     features = pixels if args.features == "pixels" else inception(args.inception, device)
     reference, args.reference = load_reference(args, config, "train")
     C = images.shape[1] if args.images else config["channels"]
@@ -1507,8 +1536,8 @@ def run_fid(args, given):
                 yield images[part]
                 continue
             noise = draw_noise(args.seed, part, (C, *reference.shape[2:])).to(device)
-            y = [i % len(config["names"]) for i in part] if config["names"] else None
-            x, nfe = generate(velocity, config, noise, y, args.guidance, pick_amp(args.amp, device),
+            y = [i % len(config["names"]) for i in part if config["names"]]
+            x, nfe = generate(velocity, config, noise, y, args.guidance, args.amp,
                               solver=args.solver, steps=steps, tolerance=args.tolerance)
             nfes.append(nfe * len(part))
             yield to_uint8(x)
@@ -1521,8 +1550,9 @@ def run_fid(args, given):
         nfes, since = [], time.perf_counter()
         distance = frechet_distance(*fit_gaussian(made(steps, nfes), features), *gaussian)
         seconds, nfe = time.perf_counter() - since, sum(nfes) / args.n
-        print(f"{title} {distance:.4f}: {args.n:,} images, NFE {nfe:g}, against {len(reference):,} "
-              f"of {args.reference}, {seconds:.1f} s", *remarks, sep="\n  ")
+        how = "" if args.images else f" by {args.solver}, NFE {nfe:g}"
+        print(f"{title} {distance:.4f}: {args.n:,} images{how}, against {len(reference):,} of "
+              f"{args.reference}, {seconds:.1f} s", *remarks, sep="\n  ")
         append_line(args.results, dict(frechet_distance=distance) | vars(args) | dict(
             steps=steps, nfe=nfe, n_reference=len(reference), step=step, seconds=seconds))
     print(f"appended to {args.results}")
@@ -1531,27 +1561,33 @@ def run_fid(args, given):
 def run_nll(args, given):
     """Bits per dimension of images: -log2 p(image) / numbers in an image, by the checkpoint.
 
+    A model trained with --classes is asked for its density without a class.
+
     examples:
       flow_matching.py nll
       flow_matching.py nll --n 1000 --k 50 --reference train
     """
     config, step, velocity, device = open_checkpoint(args, given)
+    check_steps(args, given)
+    if config["names"] and not config["label_drop"]:
+        raise ValueError("this model was trained with --label-drop 0: it has no density without a "
+                         "class")
     named = config["data"] == "digits" or config["data"] in TORCHVISION
     images, args.reference = load_reference(args, config, "test" if named else "train")
-    if images.shape[1] != config["channels"]:
-        raise ValueError(f"{args.reference} has {images.shape[1]} channels, not the model's "
-                         f"{config['channels']}")
+    if images.shape[1] != config["channels"] or len(images) < 2:
+        raise ValueError(f"{args.reference}: {len(images)} images of {images.shape[1]} channels, "
+                         f"where at least two of {config['channels']} are needed")
     n, K, shape = min(args.n, len(images)), args.k, images.shape[1:]
 
     def generator(*keys):
         return torch.Generator().manual_seed(seed_from(args.seed, *keys))
 
-    chosen = torch.randperm(len(images), generator=generator())[:n]
+    chosen = torch.randperm(len(images), generator=generator(0, 0, 2))[:n]
     parts, nfe_sum, since = [], 0, time.perf_counter()
     for part in in_batches(n * K, args.batch or max(1, batch_size(config) // 4)):
         u = torch.stack([torch.rand(shape, generator=generator(*divmod(j, K))) for j in part])
         # the same signs for all K: their errors would otherwise pass for differences of p
-        signs = [torch.randint(2, shape, generator=generator(j // K)) for j in part]
+        signs = [torch.randint(2, shape, generator=generator(j // K, 0, 1)) for j in part]
         signs = 2.0 * torch.stack(signs) - 1
         x = (images[chosen[torch.tensor(part) // K]] + u) / 128 - 1
         log_p, nfe = log_likelihood(
@@ -1567,7 +1603,7 @@ def run_nll(args, given):
     print(f"{mean:.4f} ± {error:.4f} bits/dim: {n:,} images of {args.reference}, K = {K}, "
           f"{divergence} divergence, {args.solver}, NFE {nfe:g}, {seconds:.1f} s")
     append_line(args.results, dict(bits_per_dim=mean, standard_error=error) | vars(args) | dict(
-        n=n, nfe=nfe, step=step, seconds=seconds))
+        n=n, nfe=nfe, step=step, seconds=seconds, amp="off"))
     print(f"appended to {args.results}")
 
 

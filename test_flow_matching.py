@@ -684,8 +684,9 @@ def test_frechet_distance_agrees_with_the_singular_values_of_the_factors(rank):
     # square roots of rounded zeros: 1e-16 becomes 1e-8
     assert fm.frechet_distance(zero, S_1, zero, S_2) == pytest.approx(expected, rel=1e-7)
     assert fm.frechet_distance(zero, S_2, zero, S_1) == pytest.approx(expected, rel=1e-7)
-    with pytest.raises(ValueError):
-        fm.frechet_distance(zero, S_1 * np.nan, zero, S_2)
+    for nan in ((zero, S_1 * np.nan, zero, S_2), (zero, S_1, zero * np.nan, S_2)):
+        with pytest.raises(ValueError):
+            fm.frechet_distance(*nan)
 
 
 @pytest.mark.parametrize("batch", [1, 7, 100])
@@ -1400,6 +1401,8 @@ def test_the_k_draws_of_an_image_share_their_hutchinson_signs(tiny, tmp_path, mo
     ("--features pixels --images empty --reference set", "no folder with images"),
     ("--features pixels --images nan --reference set", "not finite"),
     ("--features pixels --reference colour", "3 channels"), ("--guidance 2", "--classes"),
+    ("--features pixels --images set --reference=", "--reference"), ("--steps none", "--steps"),
+    ("--features pixels --solver dopri5 --steps 5", "dopri5 chooses"),
 ])
 def test_fid_refuses_with_one_line(more, says, tiny, tmp_path, monkeypatch, capsys):
     def fail(*args, **kwargs):
