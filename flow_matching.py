@@ -1483,7 +1483,7 @@ def load_reference(args, config, default):
 
 def fit_reference(images, features, name, batch, data_dir):
     """fit_gaussian of a reference set, kept in data_dir under all that decides it."""
-    key = hashlib.sha256(repr((name, images.shape)).encode())
+    key = hashlib.sha256(repr(images.shape).encode())
     for part in images.split(1000):
         key.update(part.numpy().tobytes())
     cache = Path(data_dir) / f"{name}-{key.hexdigest()[:16]}.npy"

@@ -980,11 +980,13 @@ def test_ranks_stop_when_torchrun_is_killed(tiny, tmp_path):
     """They are not its process group: left alone they would go on beside a resumed run."""
     file = tmp_path / "log.jsonl"
     flags = ["--steps", "100000", "--decay", "none", "--save-every", "100000"]
-    kill_after(start(tiny[1] + flags + ["--out", str(tmp_path)], ranks=2), file, 9)
+    process = start(tiny[1] + flags + ["--out", str(tmp_path)], ranks=2)
+    kill_after(process, file, 9)
     time.sleep(5)  # a step takes some 20 ms
     before = file.read_text()
     time.sleep(2)
     assert file.read_text() == before
+    process.stdout.close()  # not earlier: a broken pipe would stop them too
 
 
 def test_training_lowers_the_loss_and_leaves_pictures(tiny):
