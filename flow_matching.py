@@ -547,8 +547,8 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 
 
 def pixels(images):
-    """The pixels themselves as features, in [-1, 1]: uint8 (B, C, H, W) -> (B, CHW)."""
-    return images.flatten(1) / 127.5 - 1
+    """The pixels as features, in [-1, 1]: uint8 (B, C, H, W) -> (B, CHW).  Needs: to_float."""
+    return to_float(images).flatten(1)
 
 
 def resize_as_tensorflow_1(x, size=299):

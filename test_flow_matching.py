@@ -654,9 +654,9 @@ def test_every_definition_of_the_paper_and_the_network_runs_when_pasted_alone():
 # ------------------------------------------------------------------------------------------------
 
 
-def spd(D, seed, rank=None):
-    """A random covariance: (D, D) numpy, of the given rank."""
-    A = double(D, rank or D, seed=seed).numpy()
+def spd(D, seed):
+    """A random covariance: (D, D) numpy."""
+    A = double(D, D, seed=seed).numpy()
     return A @ A.T / D
 
 
