@@ -11,14 +11,14 @@ the mean velocity of all pairs that meet at x (Eq. 8), and following that mean m
 distribution onto the data (Theorem 1).  So new images are the solutions of dx/dt = v(x, t).
 
     §1 probability paths        ot_path, vp_path, ve_path, Theorem 3, the exact marginal field
-    §2 loss                     cfm_loss, Velocity
+    §2 loss                     cfm_loss, minibatch optimal transport
     §3 ODE solvers              euler, midpoint, rk4, odeint (with adaptive Dormand-Prince)
     §4 sampling and likelihood  sample, invert, log_likelihood, guided, slerp, draw_noise
     -- the paper ends here, the engineering begins --
     §5 network                  UNet
     §6 Fréchet distance         the Inception network of FID, streamed statistics
     §7 data                     digits drawn on the spot, torchvision's sets, folders of images
-    §8 training                 recipes, checkpoints, the loop
+    §8 training                 recipes, preconditioning, checkpoints, the loop
     §9 the theory, drawn        the exact field in the plane: a picture and a table
     §10 command line            train, sample, fid, nll, paths
 
@@ -178,41 +178,6 @@ def ot_coupling(x_0, x_1, y=None):
         cost = torch.cdist(x_1[rows].flatten(1), x_0[rows].flatten(1)).square()
         coupled[rows] = x_0[rows[linear_sum_assignment(cost.cpu())[1]]]
     return coupled
-
-
-class Velocity(nn.Module):
-    """The velocity v(x, t) that a network F represents.
-
-    precondition None: v = F, as in the paper.  A path: F learns only what the best linear
-    predictor misses, at unit scale (Karras et al., arXiv 2206.00364, §5, for any path):
-        v = c_skip x + c_out F(c_in x, t),   loss weight 1/c_out².
-    The diffusion paths need it: ve's inputs span 1 to 50 and its targets 0.085 to 426.
-    net: callable (x, t, y) -> (B, C, H, W); data_rms: root mean square of the data.
-    Needs: coefficients.
-    """
-
-    def __init__(self, net, precondition=None, data_rms=1.0):
-        super().__init__()
-        self.net, self.path, self.data_rms = net, precondition, data_rms
-
-    def scales(self, x, t):
-        """c_in, c_skip, c_out, each shaped to multiply x."""
-        if self.path is None:
-            return 1.0, 0.0, 1.0
-        alpha, sigma, d_alpha, d_sigma = coefficients(self.path, t, x)
-        s = self.data_rms
-        c_in = (alpha**2 * s**2 + sigma**2) ** -0.5
-        c_skip = (alpha * d_alpha * s**2 + sigma * d_sigma) * c_in**2
-        c_out = s * (alpha * d_sigma - sigma * d_alpha).abs() * c_in
-        return c_in, c_skip, c_out
-
-    def weight(self, t):
-        """The loss weight of each sample: (B,), or 1 for the paper's loss."""
-        return self.scales(t, t)[2] ** -2
-
-    def forward(self, x, t, y=None):
-        c_in, c_skip, c_out = self.scales(x, t)
-        return c_skip * x + c_out * self.net(c_in * x, t, y)
 
 
 # ------------------------------------------------------------------------------------------------
@@ -377,10 +342,14 @@ def draw_noise(seed, indices, shape):
     """x_0 ~ N(0, I) for the images with these indices: (len(indices), *shape), on the CPU.
 
     Image i depends on (seed, i) alone, so neither batch size nor device changes it.
-    Needs: seed_from.
+    Needs: generator.
     """
-    generators = (torch.Generator().manual_seed(seed_from(seed, i)) for i in indices)
-    return torch.stack([torch.randn(shape, generator=g) for g in generators])
+    return torch.stack([torch.randn(shape, generator=generator(seed, i)) for i in indices])
+
+
+def generator(*keys):
+    """A torch.Generator on the CPU, seeded by several non-negative integers.  Needs: seed_from."""
+    return torch.Generator().manual_seed(seed_from(*keys))
 
 
 def seed_from(*keys):
@@ -835,11 +804,45 @@ RECIPES = {  # what differs from the defaults of CONFIG_FLAGS; every value is al
     "mnist": dict(size=28, steps=2000),
     "fashion-mnist": dict(size=28, steps=2000, flip=True),
     "cifar10": dict(size=32, width=128, mults=[1, 2, 2, 2], blocks=2, attention=[16], dropout=0.1,
-                    batch=128, lr=2e-4, warmup=5000, steps=400_000, ema=0.9999, flip=True,
-                    save_every=5000),
+                    time="uniform", optimizer="adamw", batch=128, lr=2e-4, warmup=5000,
+                    steps=400_000, ema=0.9999, flip=True, save_every=5000),
     "folder": dict(size=32, width=64, mults=[1, 2, 2], blocks=2, attention=[8], batch=64, lr=1e-3,
                    warmup=200, steps=20_000, ema=0.999, save_every=1000),
 }
+
+
+class Velocity(nn.Module):
+    """The velocity v(x, t) that a network F represents.
+
+    precondition None: v = F, as in the paper.  A path: F learns only what the best linear
+    predictor misses, at unit scale (Karras et al., arXiv 2206.00364, §5, for any path):
+        v = c_skip x + c_out F(c_in x, t),   loss weight 1/c_out².
+    The diffusion paths need it: ve's inputs span 1 to 50 and its targets 0.085 to 426.
+    net: callable (x, t, y) -> (B, C, H, W); data_rms: root mean square of the data.
+    """
+
+    def __init__(self, net, precondition=None, data_rms=1.0):
+        super().__init__()
+        self.net, self.path, self.data_rms = net, precondition, data_rms
+
+    def scales(self, x, t):
+        """c_in, c_skip, c_out, each shaped to multiply x."""
+        if self.path is None:
+            return 1.0, 0.0, 1.0
+        alpha, sigma, d_alpha, d_sigma = coefficients(self.path, t, x)
+        s = self.data_rms
+        c_in = (alpha**2 * s**2 + sigma**2) ** -0.5
+        c_skip = (alpha * d_alpha * s**2 + sigma * d_sigma) * c_in**2
+        c_out = s * (alpha * d_sigma - sigma * d_alpha).abs() * c_in
+        return c_in, c_skip, c_out
+
+    def weight(self, t):
+        """The loss weight of each sample: (B,), or 1 for the paper's loss."""
+        return self.scales(t, t)[2] ** -2
+
+    def forward(self, x, t, y=None):
+        c_in, c_skip, c_out = self.scales(x, t)
+        return c_skip * x + c_out * self.net(c_in * x, t, y)
 
 
 def build_velocity(config):
@@ -861,7 +864,10 @@ def draw_batch(images, labels, config, step, device, rank=0, world=1):
     index = torch.randint(len(images), (B,)).to(images.device)
     flip, dropped = torch.rand(B) < 0.5, torch.rand(B) < config["label_drop"]  # by sample
     x_0 = torch.randn(B, *images.shape[1:], device=device)
-    t = T_END[config["path"]] * torch.rand(B, device=device)
+    t = torch.rand(B, device=device)
+    if config["time"] == "logit-normal":  # fewer at both ends, where there is less to learn
+        t = torch.randn(B, device=device).sigmoid()
+    t = T_END[config["path"]] * t
     mine = slice(rank * B // world, (rank + 1) * B // world)
     part = slice(B) if config["coupling"] == "ot" else mine  # coupling needs the whole batch
     x_1 = images[index[part]].to(device, non_blocking=True)
@@ -875,6 +881,54 @@ def draw_batch(images, labels, config, step, device, rank=0, world=1):
         y = torch.where(dropped.to(device), len(config["names"]), y)[mine]
     torch.manual_seed(seed_from(config["seed"], step, rank + 1))  # dropout differs between ranks
     return x_1, y, x_0[mine], t[mine]
+
+
+class Muon(torch.optim.AdamW):
+    """AdamW, except that hidden convolutions step along their momentum made orthogonal.
+
+    The momentum of a kernel is a matrix (c_out, c_in · 9) with the singular values S in U S Vᵀ; the
+    step keeps U Vᵀ, so that weak directions are learnt as fast as strong ones (K. Jordan et al.
+    2024, kellerjordan.github.io/posts/muon).  It is scaled to the size of AdamW's steps, RMS 0.2
+    (arXiv 2502.16982), and so shares their learning rate.
+    """
+
+    def __init__(self, parameters, **settings):
+        super().__init__(parameters, **settings)
+        self._step_supports_amp_scaling = False  # in fp16 the scaler skips overflows, for both
+
+    @staticmethod
+    def turns(p):
+        """Whether p is such a kernel: neither the first nor the last layer, nor a vector."""
+        return p.dim() == 4 and min(p.shape[:2]) >= 16
+
+    @torch.no_grad()
+    def step(self):
+        for p in self.param_groups[0]["params"]:
+            if self.turns(p) and p.grad is not None:
+                state = self.state[p]
+                if not state:
+                    state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(p))
+                state["step"] += 1  # AdamW's loading wants it
+                m = state["exp_avg"].lerp_(p.grad, 0.1)
+                G = p.grad.lerp(m, 0.9).flatten(1)  # Nesterov's look ahead
+                size = 0.2 * max(G.shape) ** 0.5
+                p.sub_(self.param_groups[0]["lr"] * size * orthogonal(G).view_as(p))
+                p.grad = None  # AdamW passes it by
+        super().step()
+
+
+def orthogonal(G):
+    """About U Vᵀ of G = U S Vᵀ: (m, n) -> (m, n), zero for zero.
+
+    A Newton-Schulz iteration maps every singular value by an odd polynomial, steep at 0: after
+    three, those above 2% of the norm of G are between 0.68 and 1.21.
+    """
+    X = G if len(G) <= len(G.T) else G.T
+    X = X / (X.norm() + 1e-12)
+    for _ in range(3):
+        A = X @ X.T
+        X = 3.4445 * X + (2.0315 * A @ A - 4.7750 * A) @ X
+    return X if len(G) <= len(G.T) else X.T
 
 
 def learning_rate(config, step):
@@ -928,10 +982,13 @@ def load_checkpoint(file, device="cpu"):
             velocity.load_state_dict(checkpoint[part], assign=True)
         state = checkpoint["optimizer"]["state"]  # empty if fp16 has skipped every step
         checkpoint["optimizer"] = dict(state=state)  # settings are the code's, not the file's
+        muon = checkpoint["config"]["optimizer"] == "muon"
         for i, p in enumerate(velocity.parameters()):
-            m = state[i] if state else dict(step=p, exp_avg=p, exp_avg_sq=p)
-            if not (m["exp_avg"].shape == m["exp_avg_sq"].shape == p.shape
-                    and p.isfinite().all() and m["step"].isfinite().all()):
+            kept = dict(step=(), exp_avg=p.shape)
+            kept |= {} if muon and Muon.turns(p) else dict(exp_avg_sq=p.shape)
+            if not p.isfinite().all() or state and not all(
+                    state[i][k].shape == shape and state[i][k].isfinite().all()
+                    for k, shape in kept.items()):
                 raise ValueError("weights not finite, or moments of another shape")
     except Exception as error:  # torch, and a foreign dict, raise a dozen kinds
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:150]
@@ -1004,7 +1061,8 @@ def train(config, out, device, compiled=False, resume=None, stop=lambda: False):
     torch.manual_seed(config["seed"])
     velocity = build_velocity(config).to(device, memory_format=torch.channels_last)
     ema = copy.deepcopy(velocity).eval().requires_grad_(False)
-    optimizer = torch.optim.AdamW(velocity.parameters(), weight_decay=0, fused=True)
+    kind = Muon if config["optimizer"] == "muon" else torch.optim.AdamW
+    optimizer = kind(velocity.parameters(), weight_decay=0, fused=True)
     scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
     state = dict(model=velocity, ema=ema, optimizer=optimizer, scaler=scaler)
     start = resume["step"] if resume else 0
@@ -1228,6 +1286,8 @@ CONFIG_FLAGS = {  # a run is a function of these and --amp; they are kept in its
     "classes": (False, bool, "learn to make images of a given class"),
     "coupling": ("independent", ["independent", "ot"], "of noise and images in a batch: as in the "
                  "paper, or minibatch optimal transport"),
+    "time": ("logit-normal", ["logit-normal", "uniform"], "density of t: uniform as in the paper, "
+             "or of a normal variable's sigmoid, which suits short runs"),
     "data_dir": ("data", str, "where downloads and decoded folders are kept"),
     "size": (16, COUNT, "height and width of the images, pixels"),
     "width": (32, COUNT, "channels at full resolution, a multiple of 4"),
@@ -1238,7 +1298,9 @@ CONFIG_FLAGS = {  # a run is a function of these and --amp; they are kept in its
     "dropout": (0.0, FRACTION, "share of activations dropped in residual blocks"),
     "label_drop": (0.1, FRACTION, "share of samples trained without their label, for guidance"),
     "batch": (32, COUNT, "images per step, over all ranks"),
-    "lr": (2e-3, POSITIVE, "peak learning rate of AdamW"),
+    "optimizer": ("muon", ["muon", "adamw"], "muon: AdamW, but hidden kernels step along their "
+                  "momentum made orthogonal"),
+    "lr": (5e-3, POSITIVE, "peak learning rate"),
     "warmup": (50, WHOLE, "steps of linear warm-up"),
     "decay": ("linear", ["linear", "none"], "fall of the learning rate to 0"),
     "steps": (1250, COUNT, "training steps"),
@@ -1334,7 +1396,8 @@ def open_checkpoint(args, given):
         raise ValueError("--label and --guidance need a model trained with --classes")
     print(f"{file}: step {step:,}, path {config['path']}, EMA weights (decay {config['ema']})")
     opened = dict(ckpt=str(file), data_dir=config["data_dir"], device=device.type,
-                  amp=pick_amp(None, device), results=str(file.with_name("results.jsonl")))
+                  amp=pick_amp(None, device), batch=batch_size(config),
+                  results=str(file.with_name("results.jsonl")))
     vars(args).update(opened | {k: v for k, v in vars(args).items() if v is not None})
     return config, step, velocity, device
 
@@ -1446,7 +1509,7 @@ def run_sample(args, given):
         for old in out.glob("[0-9]*.png"):  # --overwrite: no mixture of two runs
             old.unlink()
         out.mkdir(parents=True, exist_ok=True)
-    for numbers in in_batches(n, args.batch or batch_size(config)):
+    for numbers in in_batches(n, args.batch):
         frames, nfe = make(numbers)
         nfe_sum += nfe * len(numbers)
         if kind:
@@ -1495,6 +1558,38 @@ def fit_reference(images, features, name, batch, data_dir):
     return table[0], table[1:]
 
 
+def open_images(args, given):
+    """What fid judges: made(steps, nfes), its uint8 batches; config, training step, device."""
+    others = sorted(given.keys() & (MODEL_FLAGS.keys() - {"batch"} | {"n", "guidance", "amp"}))
+    if args.images and (others or args.reference in (None, "", "train", "test")):
+        raise ValueError("--images needs --reference, a data set or a folder" +
+                         "".join(f", and no --{other}" for other in others))
+    if args.images:
+        device, args.data_dir = pick_device(args.device), args.data_dir or "data"
+        images, _, _ = load_folder(args.images, args.data_dir, None)
+        args.n, args.steps, args.results = len(images), [None], args.results or "results.jsonl"
+        args.batch = args.batch or 100
+
+        def made(steps, nfes):
+            return (images[part] for part in in_batches(args.n, args.batch))
+
+        return made, dict(channels=images.shape[1], size=images.shape[2]), None, device
+
+    config, step, velocity, device = open_checkpoint(args, given)
+    shape, names = (config["channels"], config["size"], config["size"]), config["names"]
+
+    def made(steps, nfes):
+        for part in in_batches(args.n, args.batch):
+            noise = draw_noise(args.seed, part, shape).to(device)
+            y = [i % len(names) for i in part if names]
+            x, nfe = generate(velocity, config, noise, y, args.guidance, args.amp,
+                              solver=args.solver, steps=steps, tolerance=args.tolerance)
+            nfes.append(nfe * len(part))
+            yield to_uint8(x)
+
+    return made, config, step, device
+
+
 def run_fid(args, given):
     """Fréchet distance between made images (a checkpoint's, or --images) and real ones.
 
@@ -1506,41 +1601,18 @@ def run_fid(args, given):
       flow_matching.py fid --solver euler --steps 5,10,20,50 --reference test
       flow_matching.py fid --images made/ --reference photos/
     """
-    others = sorted(given.keys() & (MODEL_FLAGS.keys() - {"batch"} | {"n", "guidance", "amp"}))
-    if args.images and (others or args.reference in (None, "", "train", "test")):
-        raise ValueError("--images needs --reference, a data set or a folder" +
-                         "".join(f", and no --{other}" for other in others))
     if args.inception and args.features == "pixels":
         raise ValueError("--features pixels needs no --inception")
-    if args.images:
-        device, args.data_dir = pick_device(args.device), args.data_dir or "data"
-        images, _, _ = load_folder(args.images, args.data_dir, None)
-        args.n, args.steps, args.results = len(images), [None], args.results or "results.jsonl"
-        config, step = dict(size=images.shape[-1], width=32), None
-    else:
-        config, step, velocity, device = open_checkpoint(args, given)
-    batch = args.batch or batch_size(config)
     check_steps(args, given)
+    made, config, step, device = open_images(args, given)
     features = pixels if args.features == "pixels" else inception(args.inception, device)
     reference, args.reference = load_reference(args, config, "train")
-    C = images.shape[1] if args.images else config["channels"]
+    C = config["channels"]
     if features is pixels and reference.shape[1] != C:
         raise ValueError(f"{args.reference} has {reference.shape[1]} channels, the images have {C}")
     if features is pixels and C * config["size"] ** 2 > 4096:
         raise ValueError("--features pixels is for images up to 64 x 64 grey or 32 x 32 RGB")
-    gaussian = fit_reference(reference, features, args.features, batch, args.data_dir)
-
-    def made(steps, nfes):  # uint8 batches
-        for part in in_batches(args.n, batch):
-            if args.images:
-                yield images[part]
-                continue
-            noise = draw_noise(args.seed, part, (C, *reference.shape[2:])).to(device)
-            y = [i % len(config["names"]) for i in part if config["names"]]
-            x, nfe = generate(velocity, config, noise, y, args.guidance, args.amp,
-                              solver=args.solver, steps=steps, tolerance=args.tolerance)
-            nfes.append(nfe * len(part))
-            yield to_uint8(x)
+    gaussian = fit_reference(reference, features, args.features, args.batch, args.data_dir)
 
     title = dict(inception="FID", pixels="Fréchet distance of pixels")[args.features]
     n, D = min(args.n, len(reference)), len(gaussian[0])
@@ -1579,15 +1651,13 @@ def run_nll(args, given):
                          f"where at least two of {config['channels']} are needed")
     n, K, shape = min(args.n, len(images)), args.k, images.shape[1:]
 
-    def generator(*keys):
-        return torch.Generator().manual_seed(seed_from(args.seed, *keys))
-
-    chosen = torch.randperm(len(images), generator=generator(0, 0, 2))[:n]
+    seeded = functools.partial(generator, args.seed)
+    chosen = torch.randperm(len(images), generator=seeded(0, 0, 2))[:n]
     parts, nfe_sum, since = [], 0, time.perf_counter()
-    for part in in_batches(n * K, args.batch or max(1, batch_size(config) // 4)):
-        u = torch.stack([torch.rand(shape, generator=generator(*divmod(j, K))) for j in part])
+    for part in in_batches(n * K, given.get("batch", max(1, args.batch // 4))):
+        u = torch.stack([torch.rand(shape, generator=seeded(*divmod(j, K))) for j in part])
         # the same signs for all K: their errors would otherwise pass for differences of p
-        signs = [torch.randint(2, shape, generator=generator(j // K, 0, 1)) for j in part]
+        signs = [torch.randint(2, shape, generator=seeded(j // K, 0, 1)) for j in part]
         signs = 2.0 * torch.stack(signs) - 1
         x = (images[chosen[torch.tensor(part) // K]] + u) / 128 - 1
         log_p, nfe = log_likelihood(

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.special
 import scipy.stats
 import torch
 from PIL import Image
@@ -595,7 +596,6 @@ PASTED = {
     "marginal_velocity": "marginal_velocity(lambda t: (t, t, t, t), torch.randn(2, 3), "
                          f"{T}, torch.randn(4, 3))",
     "cfm_loss": f"cfm_loss(lambda x, t: x, lambda t: (t, 1 - t, t, t), {X})",
-    "Velocity": f"Velocity(lambda x, t, y: x, lambda t: (t, 1 - t, t, t))({X}, {T})",
     "euler": "euler(lambda x, t: x, torch.ones(1), 0.0, 0.1)",
     "midpoint": "midpoint(lambda x, t: x, torch.ones(1), 0.0, 0.1)",
     "rk4": "rk4(lambda x, t: x, torch.ones(1), 0.0, 0.1)",
@@ -605,6 +605,7 @@ PASTED = {
     "guided": f"guided(lambda x, t, y: x, {T}, 2.0)({X}, {T})",
     "ot_coupling": f"ot_coupling({X}, {X}), ot_coupling({X}, {X}, torch.arange(2))",
     "draw_noise": "draw_noise(0, range(3), (1, 2, 2))", "seed_from": "seed_from(1, 2)",
+    "generator": "torch.rand(2, generator=generator(1, 2))",
     "time_embedding": f"time_embedding({T}, 8)",
     "group_norm": "group_norm(8)(torch.randn(2, 8, 4, 4))",
     "zero_": "zero_(nn.Linear(2, 2))", "Attention": "Attention(8)(torch.randn(2, 8, 4, 4))",
@@ -1000,10 +1001,32 @@ def test_training_lowers_the_loss_and_leaves_pictures(tiny):
         assert picture.width == picture.height >= 512
 
 
+def orthogonal_by_svd(G):
+    """What fm.orthogonal does, from another side: the polynomial on the singular values alone."""
+    U, s, V = torch.linalg.svd(G.double(), full_matrices=False)
+    s = s / s.norm()
+    for _ in range(3):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    return (U * s) @ V, s
+
+
+@pytest.mark.parametrize("shape", [(16, 144), (40, 24), (16, 16)])
+def test_the_orthogonal_part_of_a_matrix(shape):
+    """The singular vectors stay; values above 2% of the norm end in 0.68..1.21, as a scan shows."""
+    U, _, V = torch.linalg.svd(double(*shape), full_matrices=False)
+    for low in (1.0, 0.1):  # down to 0.1/√16 = 2.5% of the norm
+        G = 7 * (U * torch.linspace(low, 1, min(shape), dtype=torch.double)) @ V
+        expected, s = orthogonal_by_svd(G)
+        torch.testing.assert_close(fm.orthogonal(G), expected, rtol=1e-9, atol=1e-9)
+        assert 0.68 < s.min() and s.max() < 1.21
+    assert fm.orthogonal(torch.zeros(shape)).count_nonzero() == 0  # and not NaN
+
+
 def test_one_step_is_the_gradient_step_of_eq_14(tiny, tmp_path):
     """One step of train() against one written out by hand with a plain AdamW."""
     root, flags = tiny
-    fm.main(flags + ["--steps", "1", "--clip", "0.5", "--dropout", "0", "--out", str(tmp_path)])
+    fm.main(flags + ["--steps", "1", "--clip", "0.5", "--dropout", "0", "--optimizer", "adamw",
+                     "--out", str(tmp_path)])
     checkpoint = load(tmp_path)
     config = checkpoint["config"]
     images, labels, _ = fm.load_data(config["data"], config["data_dir"], 8)
@@ -1021,6 +1044,43 @@ def test_one_step_is_the_gradient_step_of_eq_14(tiny, tmp_path):
         d = 2 / 11  # (1 + n)/(10 + n) at n = 1
         expected = d * first[k] + (1 - d) * checkpoint["model"][k]
         torch.testing.assert_close(checkpoint["ema"][k], expected, rtol=1e-5, atol=1e-7)
+
+
+def test_muon_turns_hidden_kernels_alone(tiny):
+    checkpoint = load(tiny[0] / "whole")
+    velocity = fm.build_velocity(checkpoint["config"])
+    state = checkpoint["optimizer"]["state"].values()
+    kept = {k: m.keys() for (k, _), m in zip(velocity.named_parameters(), state, strict=True)}
+    turned = {k for k, names in kept.items() if "exp_avg_sq" not in names}
+    assert turned == {k for k, p in velocity.named_parameters() if p.dim() == 4
+                      and k not in ("net.stem.weight", "net.out.weight") and p.shape[0] >= 16
+                      and p.shape[1] >= 16}
+    assert len(turned) > 9
+
+
+def test_muon_s_momentum_and_its_size():
+    """Two steps: momentum 0.9 and Nesterov's look ahead by hand; the step's RMS is near 0.2 lr."""
+    W, b = nn.Parameter(double(32, 16, 3, 3)), nn.Parameter(double(32))
+    optimizer, m = fm.Muon([W, b], lr=0.01), torch.zeros_like(W)
+    for g in double(2, 32, 16, 3, 3, seed=1):
+        before = W.detach().clone()
+        W.grad, b.grad = g.clone(), None
+        optimizer.step()
+        m = 0.9 * m + 0.1 * g
+        step = orthogonal_by_svd((0.9 * m + 0.1 * g).flatten(1))[0].view_as(W) * 0.2 * 144**0.5
+        torch.testing.assert_close(before - W.detach(), 0.01 * step, rtol=1e-7, atol=1e-10)
+        assert step.square().mean().sqrt() == pytest.approx(0.2, rel=0.2)
+
+
+def test_the_density_of_the_times():
+    """Kolmogorov-Smirnov, and both stay below T_END, where vp's σ' is still finite."""
+    images, labels = torch.zeros(4, 1, 2, 2, dtype=torch.uint8), torch.zeros(4)
+    for time_, cdf in (("uniform", scipy.stats.uniform.cdf),
+                       ("logit-normal", lambda t: scipy.stats.norm.cdf(scipy.special.logit(t)))):
+        config = defaults(path="vp", time=time_, batch=20_000, names=[])
+        t = fm.draw_batch(images, labels, config, 1, torch.device("cpu"))[3]
+        assert t.min() >= 0 and t.max() <= fm.T_END["vp"]
+        assert scipy.stats.kstest(t.double().numpy(), cdf).pvalue > 1e-3  # one fixed draw
 
 
 def test_learning_rate_warms_up_and_falls_to_zero():
