@@ -120,8 +120,7 @@ def coefficients(path, t, x):
 def conditional_velocity(path, x, x_1, t):
     """Theorem 3, Eq. 15: u_t(x | x_1) = (σ'/σ) (x − α x_1) + α' x_1, for any path.
 
-    x, x_1: (B, ...), t: (B,).  Eqs. 17, 19 and 21 are this line for ve, vp and ot.
-    Needs: coefficients.
+    x, x_1: (B, ...), t: (B,).  Eqs. 17, 19, 21 are this for ve, vp, ot.  Needs: coefficients.
     """
     alpha, sigma, d_alpha, d_sigma = coefficients(path, t, x)
     return d_sigma / sigma * (x - alpha * x_1) + d_alpha * x_1
@@ -151,11 +150,11 @@ def cfm_loss(v, path, x_1, x_0=None, t=None, weight=1.0, t_end=1.0):
     """Conditional flow matching, Eq. 14: the mean of ‖v(x_t, t) − u_t(x_t | x_1)‖² per element.
 
     v: callable (x, t) -> velocity, x_1: (B, ...) data.  x_0 ~ N(0, I) and t ~ U[0, t_end] are
-    drawn unless given.  weight: (B,) per-sample weights, 1 in the paper.
-    By Eq. 13, u is the time derivative of ψ_t(x_0): no division by σ.  Needs: coefficients.
+    drawn unless given; t_end is the path's T_END.  weight: (B,), 1 in the paper and for ot; vp and
+    ve train with Velocity.weight.  By Eq. 13, u is the time derivative of ψ_t(x_0): no division
+    by σ.  Needs: coefficients.
     """
-    if x_0 is None:
-        x_0 = torch.randn_like(x_1)
+    x_0 = torch.randn_like(x_1) if x_0 is None else x_0
     if t is None:  # float32 always: a bf16 draw is exactly 1.0 once in 500
         t = t_end * torch.rand(len(x_1), device=x_1.device)
     alpha, sigma, d_alpha, d_sigma = coefficients(path, t, x_1)
@@ -238,8 +237,7 @@ def odeint(v, x, t_0=0.0, t_1=1.0, solver="midpoint", steps=20, tolerance=1e-5, 
                            rtol=tolerance, atol=tolerance)
         if not result.success:
             raise RuntimeError(f"dopri5 failed: {result.message}")
-        frames = torch.from_numpy(result.y.T.copy()).to(x.dtype).to(x.device)
-        frames = frames.reshape(-1, *x.shape)
+        frames = torch.tensor(result.y.T, dtype=x.dtype).to(x.device).reshape(-1, *x.shape)
     else:
         frames, h = [x], (t_1 - t_0) / steps
         for i in range(steps):
@@ -288,9 +286,8 @@ def log_likelihood(v, x_1, path=ot_path, t_end=1.0, probes=None, **solver):
     v must not mix the samples of a batch.  Needs: ot_path, odeint.
     """
     if probes is None:
-        D = x_1[0].numel()
-        units = torch.eye(D, dtype=x_1.dtype, device=x_1.device)
-        probes = units.reshape(D, 1, *x_1.shape[1:]).expand(D, *x_1.shape)
+        units = torch.eye(x_1[0].numel(), dtype=x_1.dtype, device=x_1.device)
+        probes = units.reshape(-1, 1, *x_1.shape[1:]).expand(-1, *x_1.shape)
 
     def f(state, t):  # x and ∫ div v dt, as one state: (B, D + 1)
         with torch.enable_grad():
@@ -308,9 +305,8 @@ def log_likelihood(v, x_1, path=ot_path, t_end=1.0, probes=None, **solver):
 def bits_per_dim(log_p, D):
     """−log2 P(image) / D of images of 256 levels: (B,).
 
-    log_p: (B, K), nats, log p_1 of K draws of x = (k + u)/128 − 1 for levels k and u ~ U[0, 1):
-    uniform dequantisation.  The expected figure is an upper bound that K tightens.  A level
-    is 1/128 wide in x: 7 = log2 128 bits.
+    log_p: (B, K), nats, log p_1 of K draws of x = (k + u)/128 − 1 for levels k and u ~ U[0, 1).
+    Its mean is an upper bound that K tightens.  A level is 1/128 wide in x: 7 = log2 128 bits.
     """
     return 7 - (log_p.logsumexp(1) - math.log(log_p.shape[1])) / (D * math.log(2))
 
@@ -321,19 +317,13 @@ def guided(v, y, scale=1.0):
     v: callable (x, t, y), y: (B,) labels; y = None is ∅.  Returns a callable (x, t).  scale 1 is
     plain conditional sampling and evaluates v once; any other scale evaluates it twice.
     """
-
-    def v_guided(x, t):
-        conditional = v(x, t, y)
-        return conditional if scale == 1 else torch.lerp(v(x, t, None), conditional, scale)
-
-    return v_guided
+    if scale == 1:
+        return lambda x, t: v(x, t, y)
+    return lambda x, t: torch.lerp(v(x, t, None), v(x, t, y), scale)
 
 
 def slerp(a, b, s):
-    """From a at s = 0 to b at s = 1 on the sphere: each point is as likely a noise as a and b are.
-
-    a, b: one noise each, of any shape; s: float.
-    """
+    """From noise a at s = 0 to noise b at s = 1 on the sphere: each point as likely as the ends."""
     angle = torch.acos(((a * b).sum() / (a.norm() * b.norm())).clamp(-1, 1))
     return (torch.sin((1 - s) * angle) * a + torch.sin(s * angle) * b) / torch.sin(angle)
 
@@ -341,8 +331,7 @@ def slerp(a, b, s):
 def draw_noise(seed, indices, shape):
     """x_0 ~ N(0, I) for the images with these indices: (len(indices), *shape), on the CPU.
 
-    Image i depends on (seed, i) alone, so neither batch size nor device changes it.
-    Needs: generator.
+    Image i depends on (seed, i) alone, not on batch size or device.  Needs: generator.
     """
     return torch.stack([torch.randn(shape, generator=generator(seed, i)) for i in indices])
 
@@ -385,10 +374,7 @@ def zero_(module):
 
 
 class Attention(nn.Module):
-    """Self-attention over all pixels, in heads of about 64 channels: (B, C, H, W) -> same.
-
-    Needs: group_norm, zero_.
-    """
+    """Self-attention in heads of 64 channels: (B, C, H, W) -> same.  Needs: group_norm, zero_."""
 
     def __init__(self, channels):
         super().__init__()
@@ -455,8 +441,7 @@ class UNet(nn.Module):
 
         block = functools.partial(ResBlock, emb_dim=emb_dim, dropout=dropout)
         level_attends = [size // patch // 2**i in attention for i in range(len(mults))]
-        c = width
-        skips = [c]  # channels of every output that the way up will see again
+        c, skips = width, [width]  # channels now, and of every output that the way up sees again
         self.stem = nn.Conv2d(channels * patch**2, c, 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         for i, m in enumerate(mults):
@@ -497,10 +482,8 @@ class UNet(nn.Module):
             skips.append(h)
         h = self.middle2(self.middle1(h, emb), emb)
         for module in self.up:
-            if isinstance(module, ResBlock):
-                h = module(torch.cat([h, skips.pop()], 1), emb)
-            else:
-                h = module(h)
+            is_block = isinstance(module, ResBlock)
+            h = module(torch.cat([h, skips.pop()], 1), emb) if is_block else module(h)
         return F.pixel_shuffle(self.out(F.silu(self.out_norm(h))), self.patch)
 
 
@@ -525,13 +508,9 @@ def resize_as_tensorflow_1(x, size=299):
 
     That is without today's shift by half a pixel, and without antialiasing.
     """
-    for dim in (2, 3):
-        at = torch.arange(size, device=x.device) * (x.shape[dim] / size)
-        low = at.long()
-        high = (low + 1).clamp(max=x.shape[dim] - 1)
-        weight = (at - low).reshape(-1, *[1] * (3 - dim))
-        x = torch.lerp(x.index_select(dim, low), x.index_select(dim, high), weight)
-    return x
+    x = F.pad(x, (0, 1, 0, 1), "replicate")  # now pixel H goes to pixel size: corner to corner
+    x = F.interpolate(x, (size + 1, size + 1), mode="bilinear", align_corners=True)
+    return x[..., :size, :size]
 
 
 def inception(file=None, device="cpu"):
@@ -648,10 +627,8 @@ def load_torchvision(name, data_dir, size, test=False):
                          "its folder with --data-dir, or use --data digits") from None
     images, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets)
     images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)
-    if images.shape[-1] != size:
-        parts = [resize(part, [size, size]) for part in images.split(1000)]  # bounded memory
-        images = torch.cat(parts)
-    return images.contiguous(), labels, data.classes
+    parts = [resize(part, [size, size]) for part in images.split(1000)]  # bounded memory
+    return torch.cat(parts).contiguous(), labels, data.classes
 
 
 def decode(file, size, mode):
@@ -668,10 +645,9 @@ def decode(file, size, mode):
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert(mode)
             image = ImageOps.fit(image, (size, size), Image.LANCZOS) if size else image
-            pixels = np.atleast_3d(image)
+            return np.atleast_3d(image).transpose(2, 0, 1)
     except Exception as error:  # Pillow raises a dozen kinds
         raise ValueError(f"{file} does not decode as an image: {error}") from None
-    return pixels.transpose(2, 0, 1)
 
 
 def is_grey(file):
@@ -778,7 +754,6 @@ def picture_grid(images, columns):
 
 def write_atomically(file, write):
     """Let write(temporary) make a file, flush it to the disk and rename it: whole or untouched."""
-    file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f"tmp-{os.getpid()}-{file.name}")  # another run may write it too
     for old in file.parent.glob(f"tmp-*-{file.name}"):
@@ -806,8 +781,8 @@ RECIPES = {  # what differs from the defaults of CONFIG_FLAGS; every value is al
     "cifar10": dict(size=32, width=128, mults=[1, 2, 2, 2], blocks=2, attention=[16], dropout=0.1,
                     time="uniform", optimizer="adamw", batch=128, lr=2e-4, warmup=5000,
                     steps=400_000, ema=0.9999, flip=True, save_every=5000),
-    "folder": dict(size=32, width=64, mults=[1, 2, 2], blocks=2, attention=[8], batch=64, lr=1e-3,
-                   warmup=200, steps=20_000, ema=0.999, save_every=1000),
+    "folder": dict(size=32, width=64, blocks=2, attention=[8], time="uniform", optimizer="adamw",
+                   batch=64, lr=1e-3, warmup=200, steps=20_000, ema=0.999, save_every=1000),
 }
 
 
@@ -862,7 +837,7 @@ def draw_batch(images, labels, config, step, device, rank=0, world=1):
     torch.manual_seed(seed_from(config["seed"], step))
     B = config["batch"]
     index = torch.randint(len(images), (B,)).to(images.device)
-    flip, dropped = torch.rand(B) < 0.5, torch.rand(B) < config["label_drop"]  # by sample
+    flip, dropped = torch.rand(B) < 0.5 * config["flip"], torch.rand(B) < config["label_drop"]
     x_0 = torch.randn(B, *images.shape[1:], device=device)
     t = torch.rand(B, device=device)
     if config["time"] == "logit-normal":  # fewer at both ends, where there is less to learn
@@ -871,8 +846,7 @@ def draw_batch(images, labels, config, step, device, rank=0, world=1):
     mine = slice(rank * B // world, (rank + 1) * B // world)
     part = slice(B) if config["coupling"] == "ot" else mine  # coupling needs the whole batch
     x_1 = images[index[part]].to(device, non_blocking=True)
-    if config["flip"]:
-        x_1 = torch.where(flip[part, None, None, None].to(device), x_1.flip(3), x_1)
+    x_1 = torch.where(flip[part, None, None, None].to(device), x_1.flip(3), x_1)
     x_1 = to_float(x_1).contiguous(memory_format=torch.channels_last)
     y = labels[index].to(device, non_blocking=True) if config["names"] else None
     if config["coupling"] == "ot":
@@ -898,7 +872,7 @@ class Muon(torch.optim.AdamW):
 
     @staticmethod
     def turns(p):
-        """Whether p is such a kernel: neither the first nor the last layer, nor a vector."""
+        """Whether p is such a kernel: 16 channels or more in and out, unlike the first and last."""
         return p.dim() == 4 and min(p.shape[:2]) >= 16
 
     @torch.no_grad()
@@ -946,12 +920,11 @@ def update_ema(ema, model, step, decay):
 
 def check_config(config):
     """Raises ValueError unless a config has every flag, of the right type."""
-    for flag, (default, kind, _) in CONFIG_FLAGS.items():
+    more = dict(amp=("off", DEVICE_FLAGS["amp"][1], ""), data_rms=(1.0, float, ""))
+    for flag, (default, kind, _) in (CONFIG_FLAGS | more).items():
         value = config[flag]
         if type(value) is not type(default) or isinstance(kind, list) and value not in kind:
             raise ValueError(f"config {flag} = {value!r}")
-    if config["amp"] not in DEVICE_FLAGS["amp"][1] or type(config["data_rms"]) is not float:
-        raise ValueError(f"config amp = {config['amp']!r}, data_rms = {config['data_rms']!r}")
     if not all(isinstance(name, str) for name in config["names"]):
         raise ValueError(f"config names = {config['names']!r}")
 
@@ -970,9 +943,8 @@ def load_checkpoint(file, device="cpu"):
                 raise ValueError(f"damaged at {damaged}")
             f.seek(0)
             checkpoint = torch.load(f, map_location="cpu", weights_only=True)
-        for part in ("config", "model", "ema", "optimizer", "scaler"):
-            if not isinstance(checkpoint[part], dict):
-                raise TypeError(part)
+        if not all(isinstance(checkpoint[k], dict) for k in ("config", "optimizer", "scaler")):
+            raise TypeError("config, optimizer, scaler")
         if type(checkpoint["step"]) is not int or checkpoint["step"] < 1:
             raise TypeError("step")
         check_config(checkpoint["config"])
@@ -980,7 +952,7 @@ def load_checkpoint(file, device="cpu"):
             velocity = build_velocity(checkpoint["config"])
         for part in ("model", "ema"):
             velocity.load_state_dict(checkpoint[part], assign=True)
-        state = checkpoint["optimizer"]["state"]  # empty if fp16 has skipped every step
+        state = dict(checkpoint["optimizer"]["state"])  # empty if fp16 has skipped every step
         checkpoint["optimizer"] = dict(state=state)  # settings are the code's, not the file's
         muon = checkpoint["config"]["optimizer"] == "muon"
         for i, p in enumerate(velocity.parameters()):
@@ -1031,13 +1003,24 @@ def start_ranks(device):
     return dist.get_rank(), dist.get_world_size(), device
 
 
+def tidy(out, log, step):
+    """Make a run's folder; remove what a killed run left half-written, or logged after a step."""
+    out.mkdir(parents=True, exist_ok=True)
+    for kind in ("checkpoint.pt", "step-*.png", "log.jsonl"):
+        for debris in out.glob(f"tmp-*-{kind}"):
+            debris.unlink()
+    lines = log.read_text().splitlines(True) if step and log.exists() else []
+    kept = (x for x in lines if x.endswith("}\n") and json.loads(x)["step"] <= step)
+    write_atomically(log, lambda temporary: temporary.write_text("".join(kept)))
+
+
 def train(config, out, device, compiled=False, resume=None, stop=lambda: False):
     """Train by config (all of CONFIG_FLAGS, and amp), leaving checkpoint.pt, log.jsonl and grids.
 
     resume: a checkpoint dict to go on from, to the same bits on a CPU.  stop: asked after every
     step; once true, a checkpoint is written and the run ends.  Raises FloatingPointError, and
-    saves nothing, once a gradient is not finite (in fp16: at any loss scale); ValueError for a
-    batch that does not divide by the ranks, data without classes, or data changed since resume.
+    saves nothing, once a gradient is not finite (in fp16: at any loss scale); ValueError for data
+    without classes, or changed since resume, and a batch that the ranks cannot share.
     """
     rank, world, device = start_ranks(device)
     B, steps, amp = config["batch"], config["steps"], config["amp"]
@@ -1081,13 +1064,7 @@ def train(config, out, device, compiled=False, resume=None, stop=lambda: False):
 
     out, log = Path(out), Path(out, "log.jsonl")
     if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        for kind in ("checkpoint.pt", "step-*.png"):
-            for debris in out.glob(f"tmp-*-{kind}"):  # of a killed run
-                debris.unlink()
-        lines = log.read_text().splitlines(True) if resume and log.exists() else []
-        whole = (x for x in lines if x.endswith("}\n"))
-        log.write_text("".join(x for x in whole if json.loads(x)["step"] <= start))
+        tidy(out, log, start)
         millions = sum(p.numel() for p in ema.parameters()) / 1e6
         print(f"{config['data']}: {len(images):,} images of {tuple(images.shape[1:])}; path "
               f"{config['path']}; {millions:.2f}M parameters; {world} x {device}, amp {amp}, "
@@ -1096,8 +1073,7 @@ def train(config, out, device, compiled=False, resume=None, stop=lambda: False):
     loss_sum, bad_step = torch.zeros(2, device=device), torch.full((), -1, device=device)
     begun, since = start, time.perf_counter()
     for step in range(start + 1, steps + 1):  # between log lines nothing waits for the device
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config, step)
+        optimizer.param_groups[0]["lr"] = learning_rate(config, step)
         x_1, y, x_0, t = draw_batch(images, labels, config, step, device, rank, world)
         with autocast(device, amp):
             v = functools.partial(model, y=y)
@@ -1136,8 +1112,7 @@ def train(config, out, device, compiled=False, resume=None, stop=lambda: False):
                   f"loss {loss:.4f}{memory}", flush=True)
             append_line(log, dict(step=step, loss=loss, images_per_second=rate))
         if rank == 0 and saving:
-            parts = {name: part.state_dict() for name, part in state.items()}
-            parts |= dict(step=step, config=config)
+            parts = {k: p.state_dict() for k, p in state.items()} | dict(step=step, config=config)
             write_atomically(out / "checkpoint.pt", functools.partial(torch.save, parts))
             noise = draw_noise(0, range(64), images.shape[1:]).to(device)
             x, _ = generate(ema, config, noise, amp=amp, steps=10)  # with classes too, of no class
@@ -1173,11 +1148,10 @@ def measure_paths(means, tau, particles=1000, seed=0):
     landed: share of particles within 3τ of a mean; mse: mean squared distance, per coordinate, of
     their ends from those of 1000 steps of rk4.
     """
-    table, noise = {}, draw_noise(seed, range(particles), (2,))
+    table, noise = {name: [] for name in PATHS}, draw_noise(seed, range(particles), (2,))
     for name, path in PATHS.items():
         v = functools.partial(marginal_velocity, path, means=means, tau=tau)
         exact, _ = sample(v, noise, path, T_END[name], solver="rk4", steps=1000)
-        table[name] = []
         for solver, stages in (("euler", 1), ("midpoint", 2), ("rk4", 4)):
             for steps in (n // stages for n in (8, 12, 20, 40, 60, 100)):
                 x, nfe = sample(v, noise, path, T_END[name], solver=solver, steps=steps)
@@ -1303,7 +1277,7 @@ CONFIG_FLAGS = {  # a run is a function of these and --amp; they are kept in its
     "lr": (5e-3, POSITIVE, "peak learning rate"),
     "warmup": (50, WHOLE, "steps of linear warm-up"),
     "decay": ("linear", ["linear", "none"], "fall of the learning rate to 0"),
-    "steps": (1250, COUNT, "training steps"),
+    "steps": (1000, COUNT, "training steps"),
     "ema": (0.995, FRACTION, "decay per step of the averaged weights"),
     "flip": (False, bool, "mirror images at random"),
     "clip": (1.0, POSITIVE, "largest norm of the gradient"),
@@ -1396,15 +1370,16 @@ def open_checkpoint(args, given):
         raise ValueError("--label and --guidance need a model trained with --classes")
     print(f"{file}: step {step:,}, path {config['path']}, EMA weights (decay {config['ema']})")
     opened = dict(ckpt=str(file), data_dir=config["data_dir"], device=device.type,
-                  amp=pick_amp(None, device), batch=batch_size(config),
+                  amp=pick_amp(None, device), batch=batch_size(config, device),
                   results=str(file.with_name("results.jsonl")))
     vars(args).update(opened | {k: v for k, v in vars(args).items() if v is not None})
     return config, step, velocity, device
 
 
-def batch_size(config):
-    """As many images as keep a feature map at full resolution below 128 MiB, at most 512."""
-    return max(1, min(512, 2**25 // (config["width"] * config["size"] ** 2)))
+def batch_size(config, device):
+    """At most 512 images, whose largest feature map takes 4 MiB (a CPU's cache) or 128 MiB."""
+    numbers = 2**20 if device.type == "cpu" else 2**25
+    return max(1, min(512, numbers // (config["width"] * config["size"] ** 2)))
 
 
 def append_line(file, row):
@@ -1495,23 +1470,20 @@ def run_sample(args, given):
         ends = draw_noise(args.seed, [2 * row, 2 * row + 1], shape)
         return slerp(*ends, column / (columns - 1))
 
-    def make(numbers):  # uint8 frames (F, b, C, H, W), of which the last is the images; NFE
-        y = [known[args.label] if args.label else i // columns % rows for i in numbers if names]
-        x_0 = torch.stack([noise(i) for i in numbers]).to(device)
-        x, nfe = generate(velocity, config, x_0, y, args.guidance, amp, **solver)
-        if film:  # the noise of ve, to 150, is scaled down to be seen
-            times = torch.linspace(0, T_END[config["path"]], len(x), device=device)
-            x = x / PATHS[config["path"]](times)[1].clamp(min=1).reshape(-1, 1, 1, 1, 1)
-        return to_uint8(x if film else x[None]).cpu(), nfe
-
     parts, nfe_sum, since = [], 0, time.perf_counter()
     if not kind:
         for old in out.glob("[0-9]*.png"):  # --overwrite: no mixture of two runs
             old.unlink()
         out.mkdir(parents=True, exist_ok=True)
     for numbers in in_batches(n, args.batch):
-        frames, nfe = make(numbers)
+        y = [known[args.label] if args.label else i // columns % rows for i in numbers if names]
+        x_0 = torch.stack([noise(i) for i in numbers]).to(device)
+        x, nfe = generate(velocity, config, x_0, y, args.guidance, amp, **solver)
         nfe_sum += nfe * len(numbers)
+        if film:  # the noise of ve, to 150, is scaled down to be seen
+            times = torch.linspace(0, T_END[config["path"]], len(x), device=device)
+            x = x / PATHS[config["path"]](times)[1].clamp(min=1).reshape(-1, 1, 1, 1, 1)
+        frames = to_uint8(x if film else x[None]).cpu()  # (F, b, C, H, W): the last is the images
         if kind:
             parts.append(frames)
         else:
@@ -1569,10 +1541,7 @@ def open_images(args, given):
         images, _, _ = load_folder(args.images, args.data_dir, None)
         args.n, args.steps, args.results = len(images), [None], args.results or "results.jsonl"
         args.batch = args.batch or 100
-
-        def made(steps, nfes):
-            return (images[part] for part in in_batches(args.n, args.batch))
-
+        made = lambda steps, nfes: (images[part] for part in in_batches(args.n, args.batch))
         return made, dict(channels=images.shape[1], size=images.shape[2]), None, device
 
     config, step, velocity, device = open_checkpoint(args, given)
@@ -1657,12 +1626,11 @@ def run_nll(args, given):
     for part in in_batches(n * K, given.get("batch", max(1, args.batch // 4))):
         u = torch.stack([torch.rand(shape, generator=seeded(*divmod(j, K))) for j in part])
         # the same signs for all K: their errors would otherwise pass for differences of p
-        signs = [torch.randint(2, shape, generator=seeded(j // K, 0, 1)) for j in part]
-        signs = 2.0 * torch.stack(signs) - 1
+        coins = torch.stack([torch.randint(2, shape, generator=seeded(j // K, 0, 1)) for j in part])
         x = (images[chosen[torch.tensor(part) // K]] + u) / 128 - 1
         log_p, nfe = log_likelihood(
             velocity, x.to(device), PATHS[config["path"]], T_END[config["path"]],
-            None if args.exact else [signs.to(device)],
+            None if args.exact else [2.0 * coins.to(device) - 1],
             solver=args.solver, steps=args.steps, tolerance=args.tolerance)
         parts.append(log_p.cpu().double())
         nfe_sum += nfe * len(part)
