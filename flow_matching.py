@@ -1115,7 +1115,7 @@ def train(config, out, device, compiled=False, resume=None, stop=lambda: False):
             parts = {k: p.state_dict() for k, p in state.items()} | dict(step=step, config=config)
             write_atomically(out / "checkpoint.pt", functools.partial(torch.save, parts))
             noise = draw_noise(0, range(64), images.shape[1:]).to(device)
-            x, _ = generate(ema, config, noise, amp=amp, steps=10)  # with classes too, of no class
+            x, _ = generate(ema, config, noise, amp=amp)  # with classes too, of no class
             grid = picture_grid(to_uint8(x).cpu(), 8)
             write_atomically(out / f"step-{step:06d}.png", grid.save)
         if stopping:
