@@ -86,7 +86,8 @@ def vp_path(t, beta_min=0.1, beta_max=20.0):
     """Variance-preserving diffusion path, Eq. 18, with β rising linearly as data turns to noise.
 
     t: (B,) in [0, 1 − 1e-5], because σ' → −∞ as t → 1.  With s = 1 − t and
-    T(s) = β_min s + ½ (β_max − β_min) s²:  α = exp(−½ T), σ² = 1 − α².  Returns α, σ, α', σ'.
+    T(s) = β_min s + ½ (β_max − β_min) s²:  α = exp(−½ T), σ² = 1 − α².
+    Returns α, σ, α', σ'.
     """
     s = 1 - t
     T = beta_min * s + 0.5 * (beta_max - beta_min) * s**2
@@ -130,7 +131,7 @@ def marginal_velocity(path, x, t, means, tau=0.0):
     """The exact marginal field, Eq. 8, where the data is a mixture of K equal Gaussians.
 
     x: (B, D), t: (B,), means: (K, D), tau: standard deviation of each Gaussian, 0 for plain
-    points.  Component k at time t is N(α m_k, (α²τ² + σ²) I) and moves by Theorem 3; the field is
+    points.  Component k at t is N(α m_k, (α²τ² + σ²) I) and moves by Theorem 3; the field is
     the mean of these velocities, weighted by the posterior p(k | x, t).  Returns (B, D).
     """
     alpha, sigma, d_alpha, d_sigma = (c[:, None, None] for c in path(t))
@@ -147,12 +148,12 @@ def marginal_velocity(path, x, t, means, tau=0.0):
 
 
 def cfm_loss(v, path, x_1, x_0=None, t=None, weight=1.0, t_end=1.0):
-    """Conditional flow matching, Eq. 14: the mean of ‖v(x_t, t) − u_t(x_t | x_1)‖² per element.
+    """Conditional flow matching, Eq. 14: mean ‖v(x_t, t) − u_t(x_t | x_1)‖² per element.
 
     v: callable (x, t) -> velocity, x_1: (B, ...) data.  x_0 ~ N(0, I) and t ~ U[0, t_end] are
     drawn unless given; t_end is the path's T_END.  weight: (B,), 1 in the paper and for ot; vp and
-    ve train with Velocity.weight.  By Eq. 13, u is the time derivative of ψ_t(x_0): no division
-    by σ.  Needs: coefficients.
+    ve train with Velocity.weight (§8).  By Eq. 13, u is the time derivative of ψ_t(x_0): it never
+    divides by σ.  Needs: coefficients.
     """
     x_0 = torch.randn_like(x_1) if x_0 is None else x_0
     if t is None:  # float32 always: a bf16 draw is exactly 1.0 once in 500
@@ -166,8 +167,8 @@ def cfm_loss(v, path, x_1, x_0=None, t=None, weight=1.0, t_end=1.0):
 def ot_coupling(x_0, x_1, y=None):
     """Minibatch optimal transport (Tong et al., arXiv 2302.00482; Pooladian et al., 2304.14772).
 
-    x_0, x_1: (B, ...).  Returns x_0 reordered so that the sum of ‖x_0 − x_1‖² over the batch is
-    least.  y: (B,) labels: noise then changes places only within a class, so that p(x_0 | y)
+    x_0, x_1: (B, ...).  Returns x_0 in the order in which the sum of ‖x_0 − x_1‖² is least.
+    y: (B,) labels: noise then changes places only within a class, so that p(x_0 | y)
     stays N(0, I) and the noise does not give the class away.
     """
     y = torch.zeros(len(x_0)) if y is None else y
@@ -280,7 +281,7 @@ def log_likelihood(v, x_1, path=ot_path, t_end=1.0, probes=None, **solver):
     """log p_1(x_1) in nats, (B,), and the NFE: the change of variables along the flow.
 
     d log p_t(x_t)/dt = −div v(x_t, t), solved with the ODE backward from data to noise, where
-    p_0 = N(0, σ(0)² I).  x_1: (B, ...), D numbers each.  probes: list of E, each (B, ...): div v is
+    p_0 = N(0, σ(0)² I).  x_1: (B, ...), D numbers each.  probes: list of E: (B, ...); div v is
     taken as the sum of Eᵀ (∂v/∂x) E.  One draw of random signs, held through the solve, is
     Hutchinson's unbiased estimate; None is every unit vector: exact, at D gradients an evaluation.
     v must not mix the samples of a batch.  Needs: ot_path, odeint.
@@ -299,7 +300,7 @@ def log_likelihood(v, x_1, path=ot_path, t_end=1.0, probes=None, **solver):
     state, nfe = odeint(f, F.pad(x_1.flatten(1), (0, 1)), t_end, 0.0, **solver)
     variance = path(torch.zeros(1, device=x_1.device))[1] ** 2
     log_p_0 = -0.5 * (state[:, :-1].square() / variance + (2 * math.pi * variance).log()).sum(1)
-    return log_p_0 + state[:, -1], nfe  # backward in time: state[:, -1] = −∫ div v from 0 to t_end
+    return log_p_0 + state[:, -1], nfe  # backward in time: state[:, -1] = −∫ div v dt
 
 
 def bits_per_dim(log_p, D):
@@ -312,9 +313,9 @@ def bits_per_dim(log_p, D):
 
 
 def guided(v, y, scale=1.0):
-    """Classifier-free guidance (arXiv 2207.12598): v(x, t, ∅) + scale (v(x, t, y) − v(x, t, ∅)).
+    """Classifier-free guidance of scale s (arXiv 2207.12598): v(∅) + s (v(y) − v(∅)) at (x, t).
 
-    v: callable (x, t, y), y: (B,) labels; y = None is ∅.  Returns a callable (x, t).  scale 1 is
+    v: callable (x, t, y), y: (B,) labels; y = None is ∅.  Returns a callable (x, t).  s = 1 is
     plain conditional sampling and evaluates v once; any other scale evaluates it twice.
     """
     if scale == 1:
@@ -578,7 +579,7 @@ def frechet_distance(mean_1, cov_1, mean_2, cov_2):
     """‖m_1 − m_2‖² + tr(S_1 + S_2 − 2 (S_1 S_2)^½): float, 0 for equal Gaussians.
 
     means (D,), covariances (D, D), float64.  With S_1 = A Aᵀ, S_1 S_2 has the eigenvalues of the
-    symmetric Aᵀ S_2 A: real and never negative, so that singular covariances need no special care.
+    symmetric Aᵀ S_2 A: real, never negative, so that singular covariances need no special care.
     Raises ValueError for what is not finite.
     """
     values, vectors = scipy.linalg.eigh(cov_1)
@@ -860,7 +861,7 @@ def draw_batch(images, labels, config, step, device, rank=0, world=1):
 class Muon(torch.optim.AdamW):
     """AdamW, except that hidden convolutions step along their momentum made orthogonal.
 
-    The momentum of a kernel is a matrix (c_out, c_in · 9) with the singular values S in U S Vᵀ; the
+    The momentum of a kernel is a matrix (c_out, 9 c_in), with singular values S in U S Vᵀ; the
     step keeps U Vᵀ, so that weak directions are learnt as fast as strong ones (K. Jordan et al.
     2024, kellerjordan.github.io/posts/muon).  It is scaled to the size of AdamW's steps, RMS 0.2
     (arXiv 2502.16982), and so shares their learning rate.
@@ -1203,7 +1204,7 @@ def draw_paths(means, tau, particles=400, seed=0, size=300):
             canvas.paste(board, (left, upper))
             pen.rectangle((left, upper, left + panel, upper + panel), None, "#808080", scale)
             pen.text((left, upper - 30 * scale), f"{name}, {title}", "black", font)
-            pen.text((left + panel, upper - 30 * scale), f"axes ±{half:.3g}", "#808080", font, "ra")
+            pen.text((left + panel, upper - 30 * scale), f"axes ±{half:.3g}", "grey", font, "ra")
     return canvas.resize((width // scale, height // scale), Image.LANCZOS)
 
 
