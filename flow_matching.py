@@ -313,7 +313,7 @@ def bits_per_dim(log_p, D):
 
 
 def guided(v, y, scale=1.0):
-    """Classifier-free guidance of scale s (arXiv 2207.12598): v(∅) + s (v(y) − v(∅)) at (x, t).
+    """Classifier-free guidance of scale s (arXiv 2207.12598): v(∅) + s (v(y) − v(∅)).
 
     v: callable (x, t, y), y: (B,) labels; y = None is ∅.  Returns a callable (x, t).  s = 1 is
     plain conditional sampling and evaluates v once; any other scale evaluates it twice.
