@@ -26,14 +26,12 @@ Notation: B, C, H, W are batch, channels, height and width; images are in [-1, 1
 A definition in §1-§6 that needs another one says so ("Needs: ..."); pasted with it, it runs.
 
     python flow_matching.py train --path ot
-    python flow_matching.py sample --steps 20
-    python flow_matching.py fid --features pixels
-    python flow_matching.py nll
-    python flow_matching.py paths
+    python flow_matching.py sample --steps 20      (then fid, nll, paths: --help has examples)
     torchrun --nproc_per_node=8 flow_matching.py train --data cifar10
 """
 
 import argparse
+import contextlib
 import copy
 import functools
 import hashlib
@@ -50,6 +48,7 @@ import warnings
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -62,14 +61,11 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from scipy.integrate import solve_ivp
 from scipy.optimize import linear_sum_assignment
 from torch import nn
-from torchvision.transforms.functional import resize, to_pil_image
+from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_image
 
-# ------------------------------------------------------------------------------------------------
-# §1  Probability paths  (paper: Sections 3 and 4)
-#
+# §1  Probability paths  (paper: Sections 3 and 4) -----------------------------------------------
 # A path is a function of time: alpha, sigma, d_alpha, d_sigma = path(t).  It means
 #     p_t(x | x_1) = N(x; α x_1, σ² I)         x_t = ψ_t(x_0) = α x_1 + σ x_0,  x_0 ~ N(0, I).
-# ------------------------------------------------------------------------------------------------
 
 
 def ot_path(t, sigma_min=1e-4):
@@ -86,8 +82,7 @@ def vp_path(t, beta_min=0.1, beta_max=20.0):
     """Variance-preserving diffusion path, Eq. 18, with β rising linearly as data turns to noise.
 
     t: (B,) in [0, 1 − 1e-5], because σ' → −∞ as t → 1.  With s = 1 − t and
-    T(s) = β_min s + ½ (β_max − β_min) s²:  α = exp(−½ T), σ² = 1 − α².
-    Returns α, σ, α', σ'.
+    T(s) = β_min s + ½ (β_max − β_min) s²:  α = exp(−½ T), σ² = 1 − α².  Returns α, σ, α', σ'.
     """
     s = 1 - t
     T = beta_min * s + 0.5 * (beta_max - beta_min) * s**2
@@ -142,9 +137,7 @@ def marginal_velocity(path, x, t, means, tau=0.0):
     return (posterior * (growth * offset + d_alpha * means)).sum(1)
 
 
-# ------------------------------------------------------------------------------------------------
-# §2  Loss  (paper: Theorem 2)
-# ------------------------------------------------------------------------------------------------
+# §2  Loss  (paper: Theorem 2) -------------------------------------------------------------------
 
 
 def cfm_loss(v, path, x_1, x_0=None, t=None, weight=1.0, t_end=1.0):
@@ -168,8 +161,7 @@ def ot_coupling(x_0, x_1, y=None):
     """Minibatch optimal transport (Tong et al., arXiv 2302.00482; Pooladian et al., 2304.14772).
 
     x_0, x_1: (B, ...).  Returns x_0 in the order in which the sum of ‖x_0 − x_1‖² is least.
-    y: (B,) labels: noise then changes places only within a class, so that p(x_0 | y)
-    stays N(0, I) and the noise does not give the class away.
+    y: (B,) labels: noise then changes places only within a class: p(x_0 | y) stays N(0, I).
     """
     y = torch.zeros(len(x_0)) if y is None else y
     coupled = x_0.clone()
@@ -180,9 +172,7 @@ def ot_coupling(x_0, x_1, y=None):
     return coupled
 
 
-# ------------------------------------------------------------------------------------------------
-# §3  ODE solvers: dx/dt = f(x, t)
-# ------------------------------------------------------------------------------------------------
+# §3  ODE solvers: dx/dt = f(x, t) ---------------------------------------------------------------
 
 
 def euler(f, x, t, h):
@@ -250,9 +240,7 @@ def odeint(v, x, t_0=0.0, t_1=1.0, solver="midpoint", steps=20, tolerance=1e-5, 
     return (frames if keep else frames[-1]), nfe
 
 
-# ------------------------------------------------------------------------------------------------
-# §4  Sampling and likelihood  (paper: Section 2, Appendix C)
-# ------------------------------------------------------------------------------------------------
+# §4  Sampling and likelihood  (paper: Section 2, Appendix C) ------------------------------------
 
 
 @torch.no_grad()
@@ -324,7 +312,7 @@ def guided(v, y, scale=1.0):
 
 
 def slerp(a, b, s):
-    """From noise a at s = 0 to noise b at s = 1 on the sphere: each point as likely as the ends."""
+    """From noise a at s = 0 to noise b at s = 1, on the sphere: as long in between as noise is."""
     angle = torch.acos(((a * b).sum() / (a.norm() * b.norm())).clamp(-1, 1))
     return (torch.sin((1 - s) * angle) * a + torch.sin(s * angle) * b) / torch.sin(angle)
 
@@ -347,15 +335,12 @@ def seed_from(*keys):
     return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-# ================================================================================================
-# The paper ends here, the engineering begins.
-#
-# §5  Network: the U-Net of DDPM and its successors (Ho et al. 2020, Dhariwal & Nichol 2021)
-# ------------------------------------------------------------------------------------------------
+# The paper ends here, the engineering begins. ===================================================
+# §5  Network: the U-Net of DDPM and its successors (Ho et al. 2020, Dhariwal & Nichol 2021) -----
 
 
 def time_embedding(t, dim):
-    """Sinusoids of time: (B,) in [0, 1] to (B, dim), dim even; periods from 2π/1000 to 20π."""
+    """Sinusoids of time: (B,) in [0, 1] to (B, dim), dim even; periods from 2π/1000 up to 20π."""
     scale = 1000  # the frequencies were made for t in 0..1000: most would hardly move over [0, 1]
     frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = scale * t[:, None].float() * frequencies
@@ -375,7 +360,7 @@ def zero_(module):
 
 
 class Attention(nn.Module):
-    """Self-attention in heads of 64 channels: (B, C, H, W) -> same.  Needs: group_norm, zero_."""
+    """Self-attention, heads of ~64 channels: (B, C, H, W) -> same.  Needs: group_norm, zero_."""
 
     def __init__(self, channels):
         super().__init__()
@@ -423,7 +408,7 @@ class UNet(nn.Module):
     attention: heights of the feature maps (size/patch/2^level) at which to attend, if any then in
     the middle too; classes: number of labels, 0 for none, label `classes` (also y = None) meaning
     "no label"; patch: fold p × p pixels into channels.
-    128 × (1, 2, 2, 2), 2 blocks, attention at 16 is the usual CIFAR-10 net: 35.7M parameters.
+    128 × (1, 2, 2, 2), 2 blocks, attention at 16 is the usual CIFAR-10 net: 35.5M parameters.
     Raises ValueError if height or width is not divisible by patch · 2^(levels − 1).
     Needs: time_embedding, group_norm, zero_, ResBlock.
     """
@@ -466,8 +451,7 @@ class UNet(nn.Module):
 
     def check_size(self, H, W):
         if H % self.divisor or W % self.divisor:
-            raise ValueError(f"images of {H} x {W} cannot be halved to the lowest level of this "
-                             f"U-Net: height and width must be multiples of {self.divisor}")
+            raise ValueError(f"images of {H} x {W}: this U-Net needs multiples of {self.divisor}")
 
     def forward(self, x, t, y=None):
         self.check_size(*x.shape[-2:])
@@ -488,11 +472,8 @@ class UNet(nn.Module):
         return F.pixel_shuffle(self.out(F.silu(self.out_norm(h))), self.patch)
 
 
-# ------------------------------------------------------------------------------------------------
-# §6  Fréchet inception distance  (Heusel et al., arXiv 1706.08500)
-#
+# §6  Fréchet inception distance  (Heusel et al., arXiv 1706.08500) ------------------------------
 # Features are any callable: uint8 images (B, C, H, W) -> (B, D).
-# ------------------------------------------------------------------------------------------------
 
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")
@@ -505,10 +486,7 @@ def pixels(images):
 
 
 def resize_as_tensorflow_1(x, size=299):
-    """Bilinear (B, C, H, W) -> (B, C, size, size): pixel i comes from i · H/size.
-
-    That is without today's shift by half a pixel, and without antialiasing.
-    """
+    """Bilinear (B, C, H, W) -> (B, C, size, size): pixel i from i · H/size, and no antialiasing."""
     x = F.pad(x, (0, 1, 0, 1), "replicate")  # now pixel H goes to pixel size: corner to corner
     x = F.interpolate(x, (size + 1, size + 1), mode="bilinear", align_corners=True)
     return x[..., :size, :size]
@@ -529,9 +507,8 @@ def inception(file=None, device="cpu"):
         try:
             torch.hub.download_url_to_file(INCEPTION_URL, cached, INCEPTION_SHA256)
         except (OSError, RuntimeError) as error:
-            raise ValueError(f"the Inception weights could not be downloaded ({error}): fetch "
-                             f"{INCEPTION_URL} elsewhere and name it with --inception FILE, or use "
-                             "--features pixels") from None
+            raise ValueError(f"{INCEPTION_URL} was not downloaded ({error}): fetch it elsewhere "
+                             "and name it with --inception FILE, or --features pixels") from None
     file = Path(file or cached)
     if hashlib.sha256(file.read_bytes()).hexdigest() != INCEPTION_SHA256:
         raise ValueError(f"{file} is not {name} (another SHA-256): fetch {INCEPTION_URL}")
@@ -566,7 +543,7 @@ def fit_gaussian(batches, features):
     n = total = squares = origin = 0
     for images in batches:
         f = features(images).cpu().double()
-        origin = origin if n else f[0]  # sums about one sample: a large mean would cost digits
+        origin = origin if n else f[0]  # sums about one sample: a large mean would cancel digits
         f = f - origin
         n, total, squares = n + len(f), total + f.sum(0), squares + f.T @ f
     if n < 2 or not torch.isfinite(total).all():
@@ -589,9 +566,7 @@ def frechet_distance(mean_1, cov_1, mean_2, cov_2):
     return float(shift @ shift + np.trace(cov_1 + cov_2) - 2 * root.sum())
 
 
-# ------------------------------------------------------------------------------------------------
-# §7  Data: a uint8 tensor (N, C, H, W), an int64 tensor (N,) of labels, and the labels' names
-# ------------------------------------------------------------------------------------------------
+# §7  Data: a uint8 tensor (N, C, H, W), an int64 tensor (N,) of labels, and the labels' names ---
 
 
 def draw_digits(n, size, seed=0):
@@ -652,11 +627,9 @@ def decode(file, size, mode):
 
 
 def is_grey(file):
-    try:
-        with Image.open(file) as image:
-            return image.mode in ("1", "L", "LA", "F") or image.mode.startswith("I")
-    except Exception:
-        return True  # decode will say what is wrong
+    with contextlib.suppress(Exception), Image.open(file) as image:
+        return Image.getmodebase(image.mode) == "L"
+    return True  # decode will say what is wrong
 
 
 def load_folder(folder, data_dir, size):
@@ -672,15 +645,13 @@ def load_folder(folder, data_dir, size):
         if f.is_symlink() and not f.resolve().is_relative_to(root.resolve()):
             raise ValueError(f"{f} is a link to outside the folder: put the image itself there")
     if not files:
-        raise ValueError(f"{folder} is no folder with images (.png, .jpg, ...) and no data set "
-                         f"(digits, {', '.join(TORCHVISION)})")
-    tops = [f.relative_to(root).parts[0] for f in files]
-    names = sorted(set(tops)) if all(f.parent != root for f in files) else []
-    numbers = {name: i for i, name in enumerate(names)}
-    labels = torch.tensor([numbers.get(top, 0) for top in tops])
+        raise ValueError(f"{folder} is no folder with images, nor digits, {', '.join(TORCHVISION)}")
+    flat = any(f.parent == root for f in files)  # then there are no labels
+    tops = ["" if flat else f.relative_to(root).parts[0] for f in files]
+    names, labels = np.unique(tops, return_inverse=True)
+    labels, names = torch.from_numpy(labels), [] if flat else names.tolist()
 
-    stamps = [(f.relative_to(root).as_posix(), s.st_size, s.st_mtime_ns)
-              for f, s in ((f, f.stat()) for f in files)]
+    stamps = [(f.relative_to(root), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     crop, size = size, size or decode(files[0], None, "L").shape[1]
     key = hashlib.sha256(repr((crop, stamps)).encode()).hexdigest()[:16]
     cache = Path(data_dir) / f"{root.resolve().name}-{size}-{key}.npy"
@@ -691,18 +662,14 @@ def load_folder(folder, data_dir, size):
         if math.prod(shape) > shutil.disk_usage(temporary.parent).free:  # a bus error, else
             raise OSError(f"no room in {data_dir} for {math.prod(shape):,} bytes of images")
         array = np.lib.format.open_memmap(temporary, "w+", np.uint8, shape)
-
-        def read(i):
-            image = decode(files[i], crop, mode)
-            if image.shape != array.shape[1:]:
-                raise ValueError(f"{files[i]} has {image.shape[2]} x {image.shape[1]} pixels, not "
-                                 f"{size} x {size}: all must be square and of one size")
-            array[i] = image
-
         with ThreadPoolExecutor() as pool:
-            for part in in_batches(len(files), 1024, "decoding "):
-                list(pool.map(read, part))  # raises what a thread raised
-        array.flush()
+            for part in in_batches(len(files), 256, "decoding "):
+                for i, image in zip(part, pool.map(lambda i: decode(files[i], crop, mode), part)):
+                    if image.shape != shape[1:]:
+                        raise ValueError(
+                            f"{files[i]} has {image.shape[2]} x {image.shape[1]} pixels, not "
+                            f"{size} x {size}: all must be square and of one size")
+                    array[i] = image
 
     if not cache.exists():
         write_atomically(cache, fill)
@@ -758,8 +725,9 @@ def write_atomically(file, write):
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f"tmp-{os.getpid()}-{file.name}")  # another run may write it too
     for old in file.parent.glob(f"tmp-*-{file.name}"):
-        if time.time() - old.stat().st_mtime > 3600:  # of a run that was killed
-            old.unlink(missing_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # its own run may finish meanwhile
+            if time.time() - old.stat().st_mtime > 3600:  # of a run that was killed
+                old.unlink()
     try:
         write(temporary)
         with open(temporary, "rb+") as f:
@@ -771,9 +739,7 @@ def write_atomically(file, write):
         temporary.unlink(missing_ok=True)
 
 
-# ------------------------------------------------------------------------------------------------
-# §8  Training
-# ------------------------------------------------------------------------------------------------
+# §8  Training -----------------------------------------------------------------------------------
 
 RECIPES = {  # what differs from the defaults of CONFIG_FLAGS; every value is also a flag
     "digits": dict(size=16),
@@ -829,6 +795,12 @@ def build_velocity(config):
     return Velocity(net, None if plain else PATHS[config["path"]], config["data_rms"])
 
 
+def to_device(x, device):
+    """x on the device; out of pinned memory CUDA copies it without a wait for the step before."""
+    pinned = device.type == "cuda" and x.device.type == "cpu"
+    return x.pin_memory().to(device, non_blocking=True) if pinned else x.to(device)
+
+
 def draw_batch(images, labels, config, step, device, rank=0, world=1):
     """This rank's part of the global batch of a step: x_1, y (None without classes), x_0, t.
 
@@ -837,31 +809,32 @@ def draw_batch(images, labels, config, step, device, rank=0, world=1):
     """
     torch.manual_seed(seed_from(config["seed"], step))
     B = config["batch"]
-    index = torch.randint(len(images), (B,)).to(images.device)
-    flip, dropped = torch.rand(B) < 0.5 * config["flip"], torch.rand(B) < config["label_drop"]
+    index = to_device(torch.randint(len(images), (B,)), images.device)
+    flip = torch.rand(B, device=device) < 0.5 * config["flip"]
+    dropped = torch.rand(B, device=device) < config["label_drop"]
     x_0 = torch.randn(B, *images.shape[1:], device=device)
     t = torch.rand(B, device=device)
     if config["time"] == "logit-normal":  # fewer at both ends, where there is less to learn
-        t = torch.randn(B, device=device).sigmoid()
+        t = torch.special.ndtri(t).sigmoid()
     t = T_END[config["path"]] * t
     mine = slice(rank * B // world, (rank + 1) * B // world)
     part = slice(B) if config["coupling"] == "ot" else mine  # coupling needs the whole batch
-    x_1 = images[index[part]].to(device, non_blocking=True)
-    x_1 = torch.where(flip[part, None, None, None].to(device), x_1.flip(3), x_1)
+    x_1 = to_device(images[index[part]], device)
+    x_1 = torch.where(flip[part, None, None, None], x_1.flip(3), x_1)
     x_1 = to_float(x_1).contiguous(memory_format=torch.channels_last)
-    y = labels[index].to(device, non_blocking=True) if config["names"] else None
+    y = to_device(labels[index], device) if config["names"] else None
     if config["coupling"] == "ot":
         x_0[mine], x_1 = ot_coupling(x_0, x_1, y)[mine], x_1[mine]
     if y is not None:
-        y = torch.where(dropped.to(device), len(config["names"]), y)[mine]
+        y = torch.where(dropped, len(config["names"]), y)[mine]
     torch.manual_seed(seed_from(config["seed"], step, rank + 1))  # dropout differs between ranks
     return x_1, y, x_0[mine], t[mine]
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW, except that hidden convolutions step along their momentum made orthogonal.
+    """AdamW, except that hidden convolutions step by their momentum made orthogonal.
 
-    The momentum of a kernel is a matrix (c_out, 9 c_in), with singular values S in U S Vᵀ; the
+    The momentum of a k x k kernel is a matrix (c_out, k² c_in) = U S Vᵀ, S its singular values; the
     step keeps U Vᵀ, so that weak directions are learnt as fast as strong ones (K. Jordan et al.
     2024, kellerjordan.github.io/posts/muon).  It is scaled to the size of AdamW's steps, RMS 0.2
     (arXiv 2502.16982), and so shares their learning rate.
@@ -872,23 +845,23 @@ class Muon(torch.optim.AdamW):
         self._step_supports_amp_scaling = False  # in fp16 the scaler skips overflows, for both
 
     @staticmethod
-    def turns(p):
-        """Whether p is such a kernel: 16 channels or more in and out, unlike the first and last."""
+    def is_hidden(p):
+        """Whether p is such a kernel: 16 channels or more in and out, as an image has not."""
         return p.dim() == 4 and min(p.shape[:2]) >= 16
 
     @torch.no_grad()
     def step(self):
         for p in self.param_groups[0]["params"]:
-            if self.turns(p) and p.grad is not None:
+            if self.is_hidden(p) and p.grad is not None:
                 state = self.state[p]
                 if not state:
                     state.update(step=torch.zeros(()), exp_avg=torch.zeros_like(p))
-                state["step"] += 1  # AdamW's loading wants it
+                state["step"] += 1  # AdamW.load_state_dict expects it
                 m = state["exp_avg"].lerp_(p.grad, 0.1)
                 G = p.grad.lerp(m, 0.9).flatten(1)  # Nesterov's look ahead
                 size = 0.2 * max(G.shape) ** 0.5
                 p.sub_(self.param_groups[0]["lr"] * size * orthogonal(G).view_as(p))
-                p.grad = None  # AdamW passes it by
+                p.grad = None  # AdamW skips what has no gradient
         super().step()
 
 
@@ -898,16 +871,15 @@ def orthogonal(G):
     A Newton-Schulz iteration maps every singular value by an odd polynomial, steep at 0: after
     three, those above 2% of the norm of G are between 0.68 and 1.21.
     """
-    X = G if len(G) <= len(G.T) else G.T
-    X = X / (X.norm() + 1e-12)
+    X = G / (G.norm() + 1e-12)
     for _ in range(3):
         A = X @ X.T
         X = 3.4445 * X + (2.0315 * A @ A - 4.7750 * A) @ X
-    return X if len(G) <= len(G.T) else X.T
+    return X
 
 
 def learning_rate(config, step):
-    """Linear warm-up, then constant or falling linearly to 0 after the last step (of 1, 2, ...)."""
+    """Linear warm-up, then constant or falling linearly: 0 would be the step after the last."""
     fall = 1 - (step - 1) / config["steps"] if config["decay"] == "linear" else 1.0
     return config["lr"] * min(1.0, step / max(1, config["warmup"])) * fall
 
@@ -933,8 +905,7 @@ def check_config(config):
 def load_checkpoint(file, device="cpu"):
     """What train() saved, as a dict, and its velocity model with the EMA weights, on the device.
 
-    weights_only: a hostile file cannot run code.  Raises ValueError for any file that is damaged
-    or holds anything else.
+    weights_only: a hostile file cannot run code.  Raises ValueError for a damaged or other file.
     """
     if not Path(file).is_file():
         raise ValueError(f"there is no checkpoint {file}: train first, or name another")
@@ -944,10 +915,9 @@ def load_checkpoint(file, device="cpu"):
                 raise ValueError(f"damaged at {damaged}")
             f.seek(0)
             checkpoint = torch.load(f, map_location="cpu", weights_only=True)
-        if not all(isinstance(checkpoint[k], dict) for k in ("config", "optimizer", "scaler")):
-            raise TypeError("config, optimizer, scaler")
-        if type(checkpoint["step"]) is not int or checkpoint["step"] < 1:
-            raise TypeError("step")
+        step, scaler = checkpoint["step"], checkpoint["scaler"].values()
+        if type(step) is not int or step < 1 or not all(math.isfinite(x) for x in scaler):
+            raise ValueError("step or scaler")
         check_config(checkpoint["config"])
         with torch.device("meta"):  # no memory for a wrong shape, no time for random weights
             velocity = build_velocity(checkpoint["config"])
@@ -957,11 +927,10 @@ def load_checkpoint(file, device="cpu"):
         checkpoint["optimizer"] = dict(state=state)  # settings are the code's, not the file's
         muon = checkpoint["config"]["optimizer"] == "muon"
         for i, p in enumerate(velocity.parameters()):
-            kept = dict(step=(), exp_avg=p.shape)
-            kept |= {} if muon and Muon.turns(p) else dict(exp_avg_sq=p.shape)
-            if not p.isfinite().all() or state and not all(
-                    state[i][k].shape == shape and state[i][k].isfinite().all()
-                    for k, shape in kept.items()):
+            shapes = dict(step=(), exp_avg=p.shape)
+            shapes |= {} if muon and Muon.is_hidden(p) else dict(exp_avg_sq=p.shape)
+            kept = [(p, p.shape)] + [(state[i][k], shapes[k]) for k in shapes if state]
+            if not all(x.shape == shape and x.isfinite().all() for x, shape in kept):
                 raise ValueError("weights not finite, or moments of another shape")
     except Exception as error:  # torch, and a foreign dict, raise a dozen kinds
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:150]
@@ -989,7 +958,7 @@ def start_ranks(device):
     if "RANK" not in os.environ:
         return 0, 1, device
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
     parent = os.getppid()
 
@@ -1005,11 +974,10 @@ def start_ranks(device):
 
 
 def tidy(out, log, step):
-    """Make a run's folder; remove what a killed run left half-written, or logged after a step."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Make a run's folder; remove what is half-written, logged after a step or, at step 0, old."""
     for kind in ("checkpoint.pt", "step-*.png", "log.jsonl"):
-        for debris in out.glob(f"tmp-*-{kind}"):
-            debris.unlink()
+        for old in [*out.glob(f"tmp-*-{kind}"), *([] if step else out.glob(kind))]:
+            old.unlink()
     lines = log.read_text().splitlines(True) if step and log.exists() else []
     kept = (x for x in lines if x.endswith("}\n") and json.loads(x)["step"] <= step)
     write_atomically(log, lambda temporary: temporary.write_text("".join(kept)))
@@ -1018,10 +986,11 @@ def tidy(out, log, step):
 def train(config, out, device, compiled=False, resume=None, stop=lambda: False):
     """Train by config (all of CONFIG_FLAGS, and amp), leaving checkpoint.pt, log.jsonl and grids.
 
-    resume: a checkpoint dict to go on from, to the same bits on a CPU.  stop: asked after every
-    step; once true, a checkpoint is written and the run ends.  Raises FloatingPointError, and
-    saves nothing, once a gradient is not finite (in fp16: at any loss scale); ValueError for data
-    without classes, or changed since resume, and a batch that the ranks cannot share.
+    resume: a checkpoint dict to go on from, bit by bit on a CPU.  stop: asked after every step;
+    once true, a checkpoint is written and the run ends.  Returns the last step.
+    Raises FloatingPointError, and saves nothing, once a gradient is not finite (in fp16: at any
+    loss scale); ValueError for data without classes, or changed since resume, and a batch that the
+    ranks cannot share.
     """
     rank, world, device = start_ranks(device)
     B, steps, amp = config["batch"], config["steps"], config["amp"]
@@ -1055,13 +1024,11 @@ def train(config, out, device, compiled=False, resume=None, stop=lambda: False):
             part.load_state_dict(part.state_dict() | resume[name])
     model = velocity  # the bare module is what is saved and averaged: no "_orig_mod." in the names
     if world > 1:
-        ids = [device.index] if device.type == "cuda" else None
-        model = nn.parallel.DistributedDataParallel(velocity, device_ids=ids)
+        model = nn.parallel.DistributedDataParallel(velocity)
     if compiled:
         model = torch.compile(model)
     if device.type == "cuda" and images.nbytes < torch.cuda.mem_get_info(device)[0] / 4:
-        images = images.to(device)
-    labels = labels.to(images.device)
+        images, labels = images.to(device), labels.to(device)
 
     out, log = Path(out), Path(out, "log.jsonl")
     if rank == 0:
@@ -1071,8 +1038,7 @@ def train(config, out, device, compiled=False, resume=None, stop=lambda: False):
               f"{config['path']}; {millions:.2f}M parameters; {world} x {device}, amp {amp}, "
               f"compile {compiled}\n{steps:,} steps x batch {B} = {steps * B / len(images):,.1f} "
               f"epochs; EMA decay {config['ema']}; writing {out}/")
-    loss_sum, bad_step = torch.zeros(2, device=device), torch.full((), -1, device=device)
-    begun, since = start, time.perf_counter()
+    begun, since, history = start, time.perf_counter(), []
     for step in range(start + 1, steps + 1):  # between log lines nothing waits for the device
         optimizer.param_groups[0]["lr"] = learning_rate(config, step)
         x_1, y, x_0, t = draw_batch(images, labels, config, step, device, rank, world)
@@ -1086,50 +1052,50 @@ def train(config, out, device, compiled=False, resume=None, stop=lambda: False):
         scaler.update()
         optimizer.zero_grad()
         update_ema(ema, velocity, step, config["ema"])
-        loss_sum += torch.stack([loss.detach().float(), torch.ones_like(loss)])
-        good = torch.isfinite(norm) | scaler.is_enabled()  # the scaler skips an overflow itself
-        bad_step = torch.where(good | (bad_step >= 0), bad_step, step)
+        history.append(torch.stack([loss.detach().float(), norm]))
 
         stopping = stop()
-        if world > 1:  # ranks must leave together: they agree at every tenth step
-            flag = torch.tensor(float(stopping), device=device) if step % 10 == 0 else None
-            stopping = flag is not None and (dist.all_reduce(flag) or flag.item() > 0)
+        if world > 1:  # ranks must leave together: they agree, on GPUs at every tenth step only
+            ask = step % 10 == 0 or device.type == "cpu"
+            flag = torch.tensor(float(stopping), device=device) if ask else None
+            stopping = ask and (dist.all_reduce(flag) or flag.item() > 0)
         saving = stopping or step % config["save_every"] == 0 or step == steps
         if not saving and step % config["log_every"]:
             continue
-        bad = step if scaler.is_enabled() and scaler.get_scale() < 1 else bad_step.item()
-        if bad >= 0:
-            raise FloatingPointError(f"the gradient of step {bad} is not finite; the last "
-                                     "checkpoint is kept: try a lower --lr")
+        losses, norms = torch.stack(history).T
+        bad = (~norms.isfinite()).nonzero()
+        if len(bad) and not scaler.get_scale() > 1:  # above 1, fp16's scaler skips an overflow
+            raise FloatingPointError(f"the gradient of step {begun + 1 + bad[0].item()} is not "
+                                     "finite; the last checkpoint is kept: try a lower --lr")
+        loss = losses.mean() / world
         if world > 1:
-            dist.all_reduce(loss_sum)
-        loss = (loss_sum[0] / loss_sum[1]).item()
-        loss_sum.zero_()
+            dist.all_reduce(loss)
         if rank == 0:
             rate = B * (step - begun) / (time.perf_counter() - since)
             memory = (f"  peak {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB"
                       if device.type == "cuda" else "")
             print(f"step {progress(step, steps, since, begun)}  {rate:,.0f} images/s  "
                   f"loss {loss:.4f}{memory}", flush=True)
-            append_line(log, dict(step=step, loss=loss, images_per_second=rate))
+            append_line(log, dict(step=step, loss=loss.item(), images_per_second=rate))
+        if rank == 0 and saving and not stopping:  # first: what is not finite stops here, unsaved
+            noise = draw_noise(0, range(64), images.shape[1:]).to(device)
+            parts = noise.split(4 * B // world)  # without gradients four times as many fit
+            x = torch.cat([generate(ema, config, part)[0] for part in parts])  # of no class
+            grid = picture_grid(to_uint8(x).cpu(), 8)
+            write_atomically(out / f"step-{step:06d}.png", grid.save)
         if rank == 0 and saving:
             parts = {k: p.state_dict() for k, p in state.items()} | dict(step=step, config=config)
             write_atomically(out / "checkpoint.pt", functools.partial(torch.save, parts))
-            noise = draw_noise(0, range(64), images.shape[1:]).to(device)
-            x, _ = generate(ema, config, noise, amp=amp)  # with classes too, of no class
-            grid = picture_grid(to_uint8(x).cpu(), 8)
-            write_atomically(out / f"step-{step:06d}.png", grid.save)
         if stopping:
             break
-        begun, since = step, time.perf_counter()
+        begun, since, history = step, time.perf_counter(), []
     if dist.is_initialized():
-        dist.barrier()  # taken down in the middle of a sum, gloo can wait for ever
+        dist.barrier()  # destroyed in the middle of an all-reduce, gloo can wait for ever
         dist.destroy_process_group()
+    return step
 
 
-# ------------------------------------------------------------------------------------------------
-# §9  The theory, drawn: the exact marginal field of Eq. 8 in the plane, without a network
-# ------------------------------------------------------------------------------------------------
+# §9  The theory, drawn: the exact marginal field of Eq. 8 in the plane, without a network -------
 
 
 def toy_data(name):
@@ -1139,15 +1105,13 @@ def toy_data(name):
         return 2 * torch.stack([angles.cos(), angles.sin()], 1), 0.1
     side = torch.arange(16) * 0.25 - 1.875  # the black fields of a 4 x 4 board, 16 points each
     points = torch.cartesian_prod(side, side)
-    field = ((points + 2).floor().sum(1) % 2).bool()
-    return points[field], 0.1
+    return points[(points + 2).floor().sum(1) % 2 == 1], 0.1
 
 
 def measure_paths(means, tau, particles=1000, seed=0):
     """How well few evaluations follow the exact field: path -> list of dicts, one per solve.
 
-    landed: share of particles within 3τ of a mean; mse: mean squared distance, per coordinate, of
-    their ends from those of 1000 steps of rk4.
+    landed: share of particles within 3τ of a mean; mse: per coordinate, against 1000 rk4 steps.
     """
     table, noise = {name: [] for name in PATHS}, draw_noise(seed, range(particles), (2,))
     for name, path in PATHS.items():
@@ -1162,24 +1126,19 @@ def measure_paths(means, tau, particles=1000, seed=0):
     return table
 
 
-def evaluations_ratio(table, solver="euler"):
+def evaluations_ratio(table):
     """Evaluations that ot needs over those of vp at equal error: geometric mean, log-log."""
-    curves = {name: np.log([[row["mse"], row["nfe"]] for row in rows if row["solver"] == solver])
-              for name, rows in table.items()}
-    ot, vp = curves["ot"][::-1], curves["vp"][::-1]  # np.interp wants a rising error
+    ot, vp = (np.log([(r["mse"], r["nfe"]) for r in table[name] if r["solver"] == "euler"])[::-1]
+              for name in ("ot", "vp"))  # backwards: np.interp wants a rising error
     vp = vp[(vp[:, 0] >= ot[0, 0]) & (vp[:, 0] <= ot[-1, 0])]  # no extrapolation
     return np.exp(np.mean(np.interp(vp[:, 0], *ot.T) - vp[:, 1]))
 
 
-def draw_paths(means, tau, particles=400, seed=0, size=300):
+def draw_paths(means, tau, seed=0):
     """A picture.  Rows: paths.  Columns: p_t with particles on the field; lines to one x_1."""
-    scale = 2  # drawn at twice the size, then averaged down
-    pad, top, panel = 12 * scale, 40 * scale, size * scale
-    width, height = pad + 6 * (panel + pad), 3 * (panel + top) + pad
-    canvas = Image.new("RGB", (width, height), "white")
-    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(17 * scale)
-    noise = draw_noise(seed, range(particles), (2,))
-    for row, (name, path) in enumerate(PATHS.items()):
+    noise, flip = draw_noise(seed, range(400), (2,)), torch.tensor([1, -1])  # y grows upwards
+    font, boards = ImageFont.load_default(34), []  # drawn at twice the size, then averaged down
+    for name, path in PATHS.items():
         v = functools.partial(marginal_velocity, path, means=means, tau=tau)
         x, _ = sample(v, noise, path, T_END[name], solver="rk4", steps=100, keep=True)
         t = torch.linspace(0, T_END[name], 101)
@@ -1187,30 +1146,26 @@ def draw_paths(means, tau, particles=400, seed=0, size=300):
         lines = alpha * means[1] + sigma * noise[:16]  # ψ_t(x_0) for one x_1
         panels = [(f"t = {i / 100:g}", i, x[: i + 1, :24], x[i]) for i in (0, 25, 50, 75, 100)]
         panels.append(("lines to one x_1", 0, lines, lines[::10].flatten(0, 1)))  # spacing: speed
-        for column, (title, i, ways, dots) in enumerate(panels):
+        for title, i, ways, dots in panels:
             half = max(3.0, 2 * alpha[i].item() + 3 * sigma[i].item())  # axes from −half to half
             axis = torch.linspace(-half, half, 150)
             grid = torch.stack(torch.meshgrid(axis, -axis, indexing="xy"), -1).reshape(-1, 1, 2)
             variance = (alpha[i] * tau) ** 2 + sigma[i] ** 2
             p = (-(grid - alpha[i] * means).square().sum(2) / (2 * variance)).exp().sum(1)
             shade = 255 - (p / p.max()).sqrt().reshape(150, 150, 1) * torch.tensor([165, 105, 35])
-            board = Image.fromarray(shade.byte().numpy()).resize((panel, panel), Image.BILINEAR)
-            draw, zoom = ImageDraw.Draw(board), panel / (2 * half)
-            for way in ((ways * torch.tensor([1, -1]) + half) * zoom).transpose(0, 1):
-                draw.line(way.flatten().tolist(), "#d35400", scale)
-            for dot in ((dots * torch.tensor([1, -1]) + half) * zoom).tolist():
-                draw.circle(dot, 1.5 * scale, "#202020")
-            left, upper = pad + column * (panel + pad), top + row * (panel + top)
-            canvas.paste(board, (left, upper))
-            pen.rectangle((left, upper, left + panel, upper + panel), None, "#808080", scale)
-            pen.text((left, upper - 30 * scale), f"{name}, {title}", "black", font)
-            pen.text((left + panel, upper - 30 * scale), f"axes ±{half:.3g}", "grey", font, "ra")
-    return canvas.resize((width // scale, height // scale), Image.LANCZOS)
+            board = Image.fromarray(shade.byte().numpy()).resize((600, 600), Image.BILINEAR)
+            draw, zoom = ImageDraw.Draw(board), 300 / half
+            for way in ((ways * flip + half) * zoom).transpose(0, 1):
+                draw.line(way.flatten().tolist(), "#d35400", 2)
+            for dot in ((dots * flip + half) * zoom).tolist():
+                draw.circle(dot, 3, "#202020")
+            draw.text((12, 8), f"{name}, {title}", "black", font)
+            draw.text((588, 8), f"axes ±{half:.3g}", "grey", font, "ra")
+            boards.append(pil_to_tensor(board.reduce(2)))
+    return picture_grid(torch.stack(boards), 6)
 
 
-# ------------------------------------------------------------------------------------------------
-# §10  Command line
-# ------------------------------------------------------------------------------------------------
+# §10  Command line ------------------------------------------------------------------------------
 
 
 class Parser(argparse.ArgumentParser):
@@ -1246,23 +1201,20 @@ def counts_or_none(text):
 COUNT, WHOLE, POSITIVE = number(int, 1), number(int, 0), number(float, 1e-12)
 FRACTION = number(float, 0, 1)
 OUT_FLAGS = {  # flag: (default, type or choices, help)
-    "out": (None, str, "what to write; default: runs/DATA-PATH for train, samples.png beside the "
-            "checkpoint for sample, paths.png for paths"),
+    "out": (None, str, "default: runs/DATA-PATH, samples.png beside the checkpoint, or paths.png"),
     "overwrite": (False, bool, "replace what --out names"),
 }
 DEVICE = {"device": (None, ["cuda", "mps", "cpu"], "default: the fastest here")}
 DEVICE_FLAGS = DEVICE | {
-    "amp": (None, ["bf16", "fp16", "off"], "mixed precision; default: bf16 or fp16, whichever is "
-            "native, on CUDA; off elsewhere"),
+    "amp": (None, ["bf16", "fp16", "off"], "mixed precision; default: CUDA's native one of these; "
+            "off elsewhere, and with dopri5, which would count the rounding as its error"),
 }
 CONFIG_FLAGS = {  # a run is a function of these and --amp; they are kept in its checkpoint
     "data": ("digits", str, f"digits, {', '.join(TORCHVISION)}, or a folder of images"),
     "path": ("ot", list(PATHS), "probability path"),
     "classes": (False, bool, "learn to make images of a given class"),
-    "coupling": ("independent", ["independent", "ot"], "of noise and images in a batch: as in the "
-                 "paper, or minibatch optimal transport"),
-    "time": ("logit-normal", ["logit-normal", "uniform"], "density of t: uniform as in the paper, "
-             "or of a normal variable's sigmoid, which suits short runs"),
+    "coupling": ("independent", ["independent", "ot"], "of noise; ot: minibatch optimal transport"),
+    "time": ("logit-normal", ["logit-normal", "uniform"], "density of t; the paper's: uniform"),
     "data_dir": ("data", str, "where downloads and decoded folders are kept"),
     "size": (16, COUNT, "height and width of the images, pixels"),
     "width": (32, COUNT, "channels at full resolution, a multiple of 4"),
@@ -1273,8 +1225,7 @@ CONFIG_FLAGS = {  # a run is a function of these and --amp; they are kept in its
     "dropout": (0.0, FRACTION, "share of activations dropped in residual blocks"),
     "label_drop": (0.1, FRACTION, "share of samples trained without their label, for guidance"),
     "batch": (32, COUNT, "images per step, over all ranks"),
-    "optimizer": ("muon", ["muon", "adamw"], "muon: AdamW, but hidden kernels step along their "
-                  "momentum made orthogonal"),
+    "optimizer": ("muon", ["muon", "adamw"], "muon: AdamW, but orthogonal steps of hidden kernels"),
     "lr": (5e-3, POSITIVE, "peak learning rate"),
     "warmup": (50, WHOLE, "steps of linear warm-up"),
     "decay": ("linear", ["linear", "none"], "fall of the learning rate to 0"),
@@ -1286,15 +1237,13 @@ CONFIG_FLAGS = {  # a run is a function of these and --amp; they are kept in its
     "log_every": (50, COUNT, "steps between log lines"),
     "save_every": (500, COUNT, "steps between checkpoints, each with a grid of samples"),
 }
-FREE_ON_RESUME = {"steps", "data_dir", "amp", "log_every", "save_every"}
 TRAIN_FLAGS = CONFIG_FLAGS | DEVICE_FLAGS | OUT_FLAGS | {
-    "compile": (None, bool, "torch.compile; default: on CUDA only"),
+    "compile": (None, bool, "torch.compile; default: on CUDA, where it can"),
     "resume": (False, bool, "go on with the run in --out; default: the newest in runs/"),
 }
 MODEL_FLAGS = {
     "ckpt": (None, str, "checkpoint file; default: the newest runs/*/checkpoint.pt"),
-    "solver": ("midpoint", list(SOLVERS), "euler, midpoint and rk4 evaluate the network 1, 2 and 4 "
-               "times a step; dopri5 adapts"),
+    "solver": ("midpoint", list(SOLVERS), "of 1, 2 and 4 network calls a step; dopri5 adapts"),
     "steps": (20, COUNT, "steps of the solver"),
     "tolerance": (1e-5, number(float, 1e-12, 1), "of dopri5, relative and absolute"),
     "seed": (0, WHOLE, "of everything random"),
@@ -1305,31 +1254,26 @@ SAMPLE_FLAGS = MODEL_FLAGS | DEVICE_FLAGS | OUT_FLAGS | {
     "label": (None, str, "class to make, name or number; default: one row of each class"),
     "guidance": (1.0, number(float, 0), "scale of classifier-free guidance, 1 for none"),
     "trajectory": (False, bool, "show the way from noise to image, left to right, in a .png"),
-    "interpolate": (None, number(int, 2), "each row: INTERPOLATE images between two noises, on the "
-                    "sphere; default: none"),
+    "interpolate": (None, number(int, 2), "images per row, from noise to noise; default: none"),
 }
 REFERENCE_FLAGS = {
     "reference": (None, str, "train or test (a split of the checkpoint's data), another data set, "
                   "or a folder; default: train for fid, for nll test where there is one"),
     "data_dir": (None, str, "where downloads and caches are kept; default: as in training"),
-    "results": (None, str, "file that gets a line of JSON appended for each figure; default: "
-                "results.jsonl beside the checkpoint, or here"),
+    "results": (None, str, "JSON lines; default: results.jsonl beside the checkpoint, or here"),
 }
 FID_FLAGS = MODEL_FLAGS | DEVICE_FLAGS | REFERENCE_FLAGS | {
     "n": (50_000, number(int, 2), "number of images to make; papers use 50000"),
     "steps": ([20], counts, "steps of the solver; several, as in 5,10,20, give a curve"),
     "guidance": (1.0, number(float, 0), "scale of classifier-free guidance, 1 for none"),
-    "images": (None, str, "folder of images, square and of one size, to judge in place of a "
-               "checkpoint; needs --reference; default: none"),
-    "features": ("inception", ["inception", "pixels"], "of the Fréchet distance; only inception's "
-                 "is called FID"),
+    "images": (None, str, "judge a folder of equal squares; needs --reference; default: none"),
+    "features": ("inception", ["inception", "pixels"], "of the distance; FID is inception's"),
     "inception": (None, str, "file of the Inception weights; default: downloaded"),
 }
 NLL_FLAGS = MODEL_FLAGS | DEVICE | REFERENCE_FLAGS | {
     "n": (128, number(int, 2), "number of images, chosen at random"),
-    "k": (1, COUNT, "importance-weighted draws of dequantisation noise per image; the paper: 50"),
-    "exact": (False, bool, "the exact divergence, at as many gradients as an image has numbers, in "
-              "place of Hutchinson's estimate"),
+    "k": (1, COUNT, "draws of dequantisation noise per image, for a tighter bound; the paper: 50"),
+    "exact": (False, bool, "exact divergence, a gradient per number of an image; not Hutchinson's"),
     "solver": ("dopri5", *MODEL_FLAGS["solver"][1:]),
 }
 PATHS_FLAGS = OUT_FLAGS | {
@@ -1355,10 +1299,9 @@ def pick_amp(name, device):
 
 
 def newest_checkpoint():
-    files = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda f: f.stat().st_mtime)
-    if not files:
-        raise ValueError("there is no runs/*/checkpoint.pt here: train first, or name one")
-    return files[-1]
+    """Without any, the pattern itself: load_checkpoint says that it is not there."""
+    files = Path("runs").glob("*/checkpoint.pt")
+    return max(files, key=lambda f: f.stat().st_mtime, default=Path("runs/*/checkpoint.pt"))
 
 
 def open_checkpoint(args, given):
@@ -1369,18 +1312,18 @@ def open_checkpoint(args, given):
     config, step = checkpoint["config"], checkpoint["step"]
     if not config["names"] and given.keys() & {"label", "guidance"}:
         raise ValueError("--label and --guidance need a model trained with --classes")
+    if args.solver == "dopri5" and "steps" in given and "reference" in args:  # sample: for films
+        raise ValueError("dopri5 chooses its own steps: leave out --steps, or take --solver rk4")
+    if config["names"] and not config["label_drop"] and getattr(args, "guidance", None) != 1:
+        raise ValueError("this model, trained with --label-drop 0, has no velocity without a class")
     print(f"{file}: step {step:,}, path {config['path']}, EMA weights (decay {config['ema']})")
-    opened = dict(ckpt=str(file), data_dir=config["data_dir"], device=device.type,
-                  amp=pick_amp(None, device), batch=batch_size(config, device),
-                  results=str(file.with_name("results.jsonl")))
-    vars(args).update(opened | {k: v for k, v in vars(args).items() if v is not None})
+    numbers = 2**20 if device.type == "cpu" else 2**25  # in a feature map: 4 MiB (cache), 128 MiB
+    vars(args).update(dict(
+        ckpt=str(file), data_dir=config["data_dir"], device=device.type,
+        amp="off" if args.solver == "dopri5" else pick_amp(None, device),
+        batch=max(1, min(512, numbers // (config["width"] * config["size"] ** 2))),
+        results=str(file.with_name("results.jsonl"))) | given)
     return config, step, velocity, device
-
-
-def batch_size(config, device):
-    """At most 512 images, whose largest feature map takes 4 MiB (a CPU's cache) or 128 MiB."""
-    numbers = 2**20 if device.type == "cpu" else 2**25
-    return max(1, min(512, numbers // (config["width"] * config["size"] ** 2)))
 
 
 def append_line(file, row):
@@ -1391,9 +1334,11 @@ def append_line(file, row):
 
 
 def check_free(out, args):
-    """Raises ValueError if --out names a file or a filled directory, without --overwrite."""
-    if args.out and not args.overwrite and (out.is_file() or out.is_dir() and any(out.iterdir())):
-        raise ValueError(f"{out} already exists: replace it with --overwrite, or name another")
+    """Raises ValueError if out, unless None, is a file or a filled folder, and no --overwrite."""
+    out = Path(out) if out and not args.overwrite else None
+    if out and (out.is_file() or out.is_dir() and any(out.iterdir())):
+        ways = "go on with --resume, replace" if "resume" in args else "replace"
+        raise ValueError(f"{out} already exists: {ways} it with --overwrite, or name another --out")
 
 
 def run_train(args, given):
@@ -1416,22 +1361,28 @@ def run_train(args, given):
         config = resume["config"] | given
         if resume["step"] >= config["steps"]:
             raise ValueError(f"{out} has done its {config['steps']} steps: go on with more --steps")
-        for k in given.keys() - FREE_ON_RESUME:
+        for k in given.keys() - {"steps", "data_dir", "amp", "log_every", "save_every"}:
             if given[k] != resume["config"][k]:
                 raise ValueError(f"{out} was begun with --{k.replace('_', '-')} "
                                  f"{resume['config'][k]}, which --resume cannot change")
-    elif (out / "checkpoint.pt").exists() and not args.overwrite:
-        raise ValueError(f"{out} already holds a run: go on with --resume, replace it with "
-                         "--overwrite, or name another --out")
+    else:
+        check_free(out, args)
     with torch.device("meta"):  # refuses a bad shape before any work
         build_velocity(dict(channels=1, data_rms=1.0, names=[]) | config)
 
     caught = []  # the first signal asks for a checkpoint, a second one stops at once
-    for which in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(which, lambda n, _: (caught.append(n), signal.signal(n, signal.SIG_DFL)))
-    compiled = device.type == "cuda" if args.compile is None else args.compile
-    train(config, out, device, compiled, resume, stop=lambda: bool(caught))
-    if caught:
+
+    def note(n, _):
+        caught.append(n)
+        signal.signal(n, signal.SIG_DFL)
+        os.write(2, b"stopping after this step; once more stops at once\n")  # print could be busy
+
+    signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGTERM, note)
+    able = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (7, 0)
+    compiled = able and bool(find_spec("triton")) if args.compile is None else args.compile
+    step = train(config, out, device, compiled, resume, stop=lambda: bool(caught))
+    if step < config["steps"]:
         print(f"stopped; go on with: python flow_matching.py train --resume --out {out}")
         sys.exit(128 + caught[0])
 
@@ -1449,7 +1400,7 @@ def run_sample(args, given):
     names, amp = config["names"], args.amp
     out = Path(args.out or Path(args.ckpt).with_name("samples.png"))
     kind = out.suffix.lower()
-    check_free(out, args)
+    check_free(args.out, args)
     if kind not in ("", ".png", ".gif") or kind != ".png" and args.trajectory:
         raise ValueError("--out is NAME.png (--trajectory needs it), NAME.gif or a directory")
     known = {str(i): i for i in range(len(names))} | {name: i for i, name in enumerate(names)}
@@ -1473,7 +1424,7 @@ def run_sample(args, given):
 
     parts, nfe_sum, since = [], 0, time.perf_counter()
     if not kind:
-        for old in out.glob("[0-9]*.png"):  # --overwrite: no mixture of two runs
+        for old in out.glob("[0-9]" * 6 + ".png"):  # --overwrite: no mixture of two runs
             old.unlink()
         out.mkdir(parents=True, exist_ok=True)
     for numbers in in_batches(n, args.batch):
@@ -1503,12 +1454,6 @@ def run_sample(args, given):
           f"{time.perf_counter() - since:.1f} s")
 
 
-def check_steps(args, given):
-    """Raises ValueError for --steps with a solver that has none."""
-    if args.solver == "dopri5" and "steps" in given:
-        raise ValueError("dopri5 chooses its own steps: leave out --steps, or take --solver rk4")
-
-
 def load_reference(args, config, default):
     """The images that --reference names, at the size of the model's, and what to call them."""
     what = args.reference or default
@@ -1520,8 +1465,7 @@ def load_reference(args, config, default):
 def fit_reference(images, features, name, batch, data_dir):
     """fit_gaussian of a reference set, kept in data_dir under all that decides it."""
     key = hashlib.sha256(repr(images.shape).encode())
-    for part in images.split(1000):
-        key.update(part.numpy().tobytes())
+    key.update(images.flatten().numpy())
     cache = Path(data_dir) / f"{name}-{key.hexdigest()[:16]}.npy"
     if not cache.exists():
         parts = in_batches(len(images), batch, "reference ")
@@ -1573,7 +1517,6 @@ def run_fid(args, given):
     """
     if args.inception and args.features == "pixels":
         raise ValueError("--features pixels needs no --inception")
-    check_steps(args, given)
     made, config, step, device = open_images(args, given)
     features = pixels if args.features == "pixels" else inception(args.inception, device)
     reference, args.reference = load_reference(args, config, "train")
@@ -1610,10 +1553,6 @@ def run_nll(args, given):
       flow_matching.py nll --n 1000 --k 50 --reference train
     """
     config, step, velocity, device = open_checkpoint(args, given)
-    check_steps(args, given)
-    if config["names"] and not config["label_drop"]:
-        raise ValueError("this model was trained with --label-drop 0: it has no density without a "
-                         "class")
     named = config["data"] == "digits" or config["data"] in TORCHVISION
     images, args.reference = load_reference(args, config, "test" if named else "train")
     if images.shape[1] != config["channels"] or len(images) < 2:
@@ -1626,7 +1565,7 @@ def run_nll(args, given):
     parts, nfe_sum, since = [], 0, time.perf_counter()
     for part in in_batches(n * K, given.get("batch", max(1, args.batch // 4))):
         u = torch.stack([torch.rand(shape, generator=seeded(*divmod(j, K))) for j in part])
-        # the same signs for all K: their errors would otherwise pass for differences of p
+        # the same signs for all K: their errors would otherwise bias the mean over draws upwards
         coins = torch.stack([torch.randint(2, shape, generator=seeded(j // K, 0, 1)) for j in part])
         x = (images[chosen[torch.tensor(part) // K]] + u) / 128 - 1
         log_p, nfe = log_likelihood(
@@ -1654,7 +1593,7 @@ def run_paths(args, given):
       flow_matching.py paths --data checkerboard --out board.png
     """
     out = Path(args.out or "paths.png")
-    check_free(out, args)
+    check_free(args.out, args)
     if out.suffix.lower() != ".png":
         raise ValueError("--out is NAME.png")
     means, tau = toy_data(args.data)
@@ -1674,7 +1613,7 @@ COMMANDS = {"train": (run_train, TRAIN_FLAGS), "sample": (run_sample, SAMPLE_FLA
             "paths": (run_paths, PATHS_FLAGS)}
 
 
-def build_parser():
+def main(argv=None):
     parser = Parser(prog="flow_matching.py", description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
     for name, (run, flags) in COMMANDS.items():
@@ -1691,15 +1630,12 @@ def build_parser():
                    dict(choices=kind) if isinstance(kind, list) else
                    dict(type=kind, metavar=flag.upper()))
             p.add_argument("--" + flag.replace("_", "-"), help=what, **how)
-    return parser
-
-
-def main(argv=None):
-    args, unknown = build_parser().parse_known_args(argv)
+    args, unknown = parser.parse_known_args(argv)
     if unknown:
         args.error(f"unrecognized arguments: {' '.join(unknown)}")
     given = {k: v for k, v in vars(args).items() if k in args.flags and v is not None}
     defaults = {k: v[0] for k, v in args.flags.items()}
+    torch.backends.cudnn.allow_tf32 = False  # float32 to its last digit; speed is bf16's
     try:
         args.run(argparse.Namespace(**defaults | given), given)
     except (ValueError, OSError, ArithmeticError, RuntimeError, MemoryError) as error:

@@ -950,11 +950,11 @@ def kill_after(process, file, step):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_killed_run_resumes_to_bit_identical_weights(tiny, tmp_path, ranks):
     root, flags = tiny
-    flags = flags + ["--steps", "60"]
+    flags = flags + ["--steps", "60", "--save-every", "15"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     process = start(flags + ["--out", str(whole)], ranks)
     assert process.wait() == 0, process.stdout.read()
-    kill_after(start(flags + ["--out", str(killed)], ranks), killed / "log.jsonl", 9)
+    kill_after(start(flags + ["--out", str(killed)], ranks), killed / "log.jsonl", 18)
     assert load(killed)["step"] < 60
     process = start(flags + ["--out", str(killed), "--resume"], ranks)
     assert process.wait() == 0, process.stdout.read()
@@ -966,10 +966,11 @@ def test_a_killed_run_resumes_to_bit_identical_weights(tiny, tmp_path, ranks):
 
 def test_a_run_moved_from_two_ranks_to_one_follows_the_same_losses_to_rounding(tiny, tmp_path):
     root, flags = tiny
-    flags = flags + ["--steps", "36", "--dropout", "0"]  # its masks differ between ranks
+    flags = flags + ["--steps", "36", "--save-every", "12"]
+    flags += ["--dropout", "0"]  # its masks differ between ranks
     one, moved = tmp_path / "one", tmp_path / "moved"
     fm.main(flags + ["--out", str(one)])
-    kill_after(start(flags + ["--out", str(moved)], ranks=2), moved / "log.jsonl", 9)
+    kill_after(start(flags + ["--out", str(moved)], ranks=2), moved / "log.jsonl", 15)
     fm.main(flags + ["--out", str(moved), "--resume"])
     losses = [[line["loss"] for line in log(run)] for run in (one, moved)]
     assert len(losses[0]) == 12
@@ -1046,7 +1047,7 @@ def test_one_step_is_the_gradient_step_of_eq_14(tiny, tmp_path):
         torch.testing.assert_close(checkpoint["ema"][k], expected, rtol=1e-5, atol=1e-7)
 
 
-def test_muon_turns_hidden_kernels_alone(tiny):
+def test_muon_makes_hidden_kernels_alone_orthogonal(tiny):
     checkpoint = load(tiny[0] / "whole")
     velocity = fm.build_velocity(checkpoint["config"])
     state = checkpoint["optimizer"]["state"]
@@ -1168,6 +1169,15 @@ def test_a_non_finite_gradient_names_the_step_and_keeps_the_checkpoint(
     monkeypatch.setattr(fm, "cfm_loss", lambda *args: (
         calls.append(1) or original(*args) * (math.nan if len(calls) == 8 else 1)))
     assert "step 8 is not finite" in refuse(flags + ["--out", str(tmp_path)], capsys)
+    assert load(tmp_path)["step"] == 6
+    assert all(p.isfinite().all() for p in load(tmp_path)["ema"].values())
+
+
+def test_weights_gone_bad_under_finite_gradients_are_not_saved(tiny, tmp_path, monkeypatch, capsys):
+    original = fm.update_ema
+    monkeypatch.setattr(fm, "update_ema", lambda ema, model, step, decay: original(
+        ema, model, step, math.nan if step == 11 else decay))
+    assert "not finite" in refuse(tiny[1] + ["--out", str(tmp_path)], capsys)
     assert load(tmp_path)["step"] == 6
     assert all(p.isfinite().all() for p in load(tmp_path)["ema"].values())
 
@@ -1302,7 +1312,8 @@ def test_films_and_trajectories_end_at_the_samples(tiny, tmp_path):
 def classy(tiny, tmp_path_factory):
     """A tiny model trained with classes, coupled by optimal transport within them."""
     out = tmp_path_factory.mktemp("classy")
-    fm.main(tiny[1] + ["--classes", "--coupling", "ot", "--steps", "60", "--out", str(out)])
+    fm.main(tiny[1] + ["--classes", "--coupling", "ot", "--steps", "60", "--save-every", "60",
+                       "--out", str(out)])
     return out
 
 
@@ -1345,6 +1356,25 @@ def test_classes_that_are_not_there_are_refused(tiny, tmp_path, capsys):
     Image.new("L", (8, 8)).save(tmp_path / "flat.png")
     flags = ["train", "--data", str(tmp_path), "--data-dir", str(tmp_path / "cache"), "--classes"]
     assert "class subfolders" in refuse(flags + TINY + ["--out", str(tmp_path / "run")], capsys)
+
+
+def test_without_a_class_only_a_model_that_learnt_that_is_asked(tiny, tmp_path, capsys):
+    out, ckpt = str(tmp_path / "run"), ["--ckpt", str(tmp_path / "run" / "checkpoint.pt")]
+    fm.main(tiny[1] + ["--classes", "--label-drop", "0", "--steps", "1", "--out", out])
+    assert "--label-drop" in refuse(["sample", "--guidance", "2"] + ckpt, capsys)
+    assert "--label-drop" in refuse(["fid", "--guidance", "2"] + ckpt, capsys)
+    assert "--label-drop" in refuse(["nll"] + ckpt, capsys)
+    fm.main(["sample", "--steps", "1"] + ckpt)
+
+
+def test_dopri5_is_solved_in_float32_unless_told_otherwise(tiny, tmp_path, monkeypatch, capsys):
+    """bf16 rounds by 4e-3, which the error control at 1e-5 would chase with ever smaller steps."""
+    monkeypatch.setattr(fm, "pick_amp", lambda name, device: name or "bf16")
+    base = ["sample", "--ckpt", str(tiny[0] / "whole" / "checkpoint.pt"), "--n", "1"]
+    for more, amp in ((["--solver", "euler"], "bf16"), (["--solver", "dopri5"], "off"),
+                      (["--solver", "dopri5", "--amp", "bf16", "--tolerance", "1"], "bf16")):
+        fm.main(base + more + ["--out", str(tmp_path / "x.png"), "--overwrite"])
+        assert f"amp {amp}," in capsys.readouterr().out
 
 
 def rows(file):
@@ -1417,14 +1447,25 @@ def test_nll_of_a_model_that_stands_still_is_its_prior_s(tiny, tmp_path):
         assert row["standard_error"] == pytest.approx((each.std() / 24**0.5).item(), rel=1e-2)
 
 
-def test_nll_is_the_same_for_any_batch_and_k_lowers_it(tiny, tmp_path):
-    file = tmp_path / "rows"
-    nll = ["nll", "--ckpt", str(tiny[0] / "whole" / "checkpoint.pt"), "--solver", "midpoint",
-           "--steps", "8", "--n", "12", "--results", str(file)]
-    for more in ("--k 1", "--k 8", "--k 8 --batch 7"):
-        fm.main(nll + more.split())
-    one, eight, batched = (row["bits_per_dim"] for row in rows(file))
-    assert eight < one and batched == pytest.approx(eight, rel=1e-5)
+def bits_of(tiny, file, *arguments):
+    """Bits per dimension of the tiny model for each of some command lines."""
+    for more in arguments:
+        fm.main(["nll", "--ckpt", str(tiny[0] / "whole" / "checkpoint.pt"), "--solver", "midpoint",
+                 "--steps", "8", "--n", "12", "--results", str(file)] + more.split())
+    return [row["bits_per_dim"] for row in rows(file)]
+
+
+def test_nll_is_the_same_for_any_batch(tiny, tmp_path):
+    one, other = bits_of(tiny, tmp_path / "rows", "--k 8", "--k 8 --batch 7")
+    assert other == pytest.approx(one, rel=1e-5)
+
+
+def test_more_draws_tighten_the_bound_of_nll(tiny, tmp_path, monkeypatch):
+    """A density so steep that log p varies by 70 nats between draws: 8 of them gain 98 ± 21."""
+    monkeypatch.setattr(fm, "log_likelihood", lambda v, x, *_, **__: (
+        -2000 * x.flatten(1).square().sum(1), 1))
+    one, eight = bits_of(tiny, tmp_path / "rows", "--k 1", "--k 8")
+    assert eight < one
 
 
 def test_the_k_draws_of_an_image_share_their_hutchinson_signs(tiny, tmp_path, monkeypatch):
@@ -1538,7 +1579,7 @@ def bad_checkpoints(root):
     whole = (root / "whole" / "checkpoint.pt").read_bytes()
     files = {name: root / f"{name}.pt" for name in
              ("empty", "truncated", "text", "pickle", "foreign", "list", "shapes", "config", "lr",
-              "damaged", "nan", "moments", "stepless")}
+              "damaged", "nan", "moments", "stepless", "scale", "unscaled")}
     files["empty"].write_bytes(b"")
     files["truncated"].write_bytes(whole[: len(whole) // 2])
     files["text"].write_text("hello")
@@ -1559,6 +1600,8 @@ def bad_checkpoints(root):
     wrong = {i: m | {"exp_avg": torch.zeros(3)} for i, m in moments.items()}
     torch.save(checkpoint | {"optimizer": {"state": wrong}}, files["moments"])
     torch.save(checkpoint | {"step": None}, files["stepless"])
+    torch.save(checkpoint | {"scaler": {"scale": "x"}}, files["scale"])
+    torch.save(checkpoint | {"scaler": {"scale": math.nan}}, files["unscaled"])
     return files
 
 
@@ -1618,7 +1661,40 @@ def test_nothing_already_written_is_overwritten(tiny, tmp_path, capsys):
     for out in ("x.png", "folder"):
         fm.main(base + ["--out", str(tmp_path / out)])
         assert "--overwrite" in refuse(base + ["--out", str(tmp_path / out)], capsys)
+    (tmp_path / "folder" / "2026-holiday.png").write_text("mine")
+    (tmp_path / "folder" / "000007.png").write_text("of an earlier run")
+    for out in ("x.png", "folder"):
         fm.main(base + ["--out", str(tmp_path / out), "--overwrite"])
+    left = sorted(f.name for f in (tmp_path / "folder").iterdir())
+    assert left == ["000000.png", "2026-holiday.png"]
+
+
+def test_training_over_a_folder_needs_overwrite_and_then_leaves_nothing_old(tiny, tmp_path, capsys):
+    root, flags = tiny
+    flags = flags + ["--out", str(tmp_path)]
+    (tmp_path / "log.jsonl").write_text("somebody's\n")
+    assert "--overwrite" in refuse(flags, capsys)
+    assert (tmp_path / "log.jsonl").read_text() == "somebody's\n"
+    for file in ("checkpoint.pt", "step-000012.png"):
+        shutil.copy(root / "whole" / file, tmp_path)
+    fm.main(flags + ["--overwrite", "--steps", "3"])
+    assert load(tmp_path)["step"] == 3
+    files = {f.name for f in tmp_path.iterdir()}
+    assert files == {"checkpoint.pt", "log.jsonl", "step-000003.png"}
+
+
+def test_a_killed_overwrite_does_not_resume_the_old_run(tiny, tmp_path, monkeypatch, capsys):
+    root, flags = tiny
+    shutil.copytree(root / "whole", tmp_path, dirs_exist_ok=True)
+    flags = flags + ["--out", str(tmp_path)]
+
+    def kill(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(fm, "cfm_loss", kill)
+        fm.main(flags + ["--overwrite"])
+    assert "no checkpoint" in refuse(flags + ["--resume", "--steps", "99"], capsys)
 
 
 def test_a_run_whose_data_changed_is_not_resumed(tiny, tmp_path, capsys):
@@ -1635,7 +1711,7 @@ def test_fp16_that_overflows_at_any_scale_is_stopped(tiny, tmp_path, monkeypatch
     original = fm.cfm_loss
     monkeypatch.setattr(fm, "cfm_loss", lambda *args: original(*args) * math.nan)
     error = refuse(flags + ["--amp", "fp16", "--out", str(tmp_path)], capsys)
-    assert "step 18 is not finite" in error  # 65536 halved 17 times, seen at the next log line
+    assert "step 16 is not finite" in error  # 65536 halved 16 times is 1, seen at step 18's line
     assert all(p.isfinite().all() for p in load(tmp_path)["ema"].values())
 
 
