@@ -82,7 +82,8 @@ def vp_path(t, beta_min=0.1, beta_max=20.0):
     """Variance-preserving diffusion path, Eq. 18, with β rising linearly as data turns to noise.
 
     t: (B,) in [0, 1 − 1e-5], because σ' → −∞ as t → 1.  With s = 1 − t and
-    T(s) = β_min s + ½ (β_max − β_min) s²:  α = exp(−½ T), σ² = 1 − α².  Returns α, σ, α', σ'.
+    T(s) = β_min s + ½ (β_max − β_min) s²:  α = exp(−½ T), σ² = 1 − α².
+    Returns α, σ, α', σ'.
     """
     s = 1 - t
     T = beta_min * s + 0.5 * (beta_max - beta_min) * s**2
@@ -486,7 +487,7 @@ def pixels(images):
 
 
 def resize_as_tensorflow_1(x, size=299):
-    """Bilinear (B, C, H, W) -> (B, C, size, size): pixel i from i · H/size, and no antialiasing."""
+    """Bilinear (B, C, H, W) -> (B, C, size, size): pixel i from i H/size, and no antialiasing."""
     x = F.pad(x, (0, 1, 0, 1), "replicate")  # now pixel H goes to pixel size: corner to corner
     x = F.interpolate(x, (size + 1, size + 1), mode="bilinear", align_corners=True)
     return x[..., :size, :size]
@@ -834,7 +835,7 @@ def draw_batch(images, labels, config, step, device, rank=0, world=1):
 class Muon(torch.optim.AdamW):
     """AdamW, except that hidden convolutions step by their momentum made orthogonal.
 
-    The momentum of a k x k kernel is a matrix (c_out, k² c_in) = U S Vᵀ, S its singular values; the
+    The momentum of a k x k kernel is a matrix (c_out, k² c_in) = U S Vᵀ, S singular values; the
     step keeps U Vᵀ, so that weak directions are learnt as fast as strong ones (K. Jordan et al.
     2024, kellerjordan.github.io/posts/muon).  It is scaled to the size of AdamW's steps, RMS 0.2
     (arXiv 2502.16982), and so shares their learning rate.
