@@ -150,7 +150,7 @@ def cfm_loss(v, path, x_1, x_0=None, t=None, weight=1.0, t_end=1.0):
     divides by σ.  Needs: coefficients.
     """
     x_0 = torch.randn_like(x_1) if x_0 is None else x_0
-    if t is None:  # float32 always: a bf16 draw is exactly 1.0 once in 500
+    if t is None:  # float32 always: rounded to bf16 it is exactly 1.0 once in 500
         t = t_end * torch.rand(len(x_1), device=x_1.device)
     alpha, sigma, d_alpha, d_sigma = coefficients(path, t, x_1)
     x_t = alpha * x_1 + sigma * x_0
