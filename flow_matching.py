@@ -6,15 +6,16 @@
 
 A probability path x_t = α(t) x_1 + σ(t) x_0 leads from noise x_0 at t = 0 to an image x_1 at
 t = 1.  Along it every pair (x_0, x_1) moves with the velocity u = α'(t) x_1 + σ'(t) x_0.  A
-network v(x, t) learns u by plain regression at random (x_t, t): Eq. 14.  The best regression is
+network v(x, t) learns u by plain regression at random (x_t, t): Eq. 14.  The loss is least at
 the mean velocity of all pairs that meet at x (Eq. 8), and following that mean moves the noise
 distribution onto the data (Theorem 1).  So new images are the solutions of dx/dt = v(x, t).
 
     §1 probability paths        ot_path, vp_path, ve_path, Theorem 3, the exact marginal field
-    §2 loss                     cfm_loss, minibatch optimal transport
+    §2 loss                     cfm_loss
     §3 ODE solvers              euler, midpoint, rk4, odeint (with adaptive Dormand-Prince)
-    §4 sampling and likelihood  sample, invert, log_likelihood, guided, slerp, draw_noise
+    §4 sampling and likelihood  sample, invert, log_likelihood, bits_per_dim
     -- the paper ends here, the engineering begins --
+    beyond the paper            ot_coupling, guided, slerp, draw_noise
     §5 network                  UNet
     §6 Fréchet distance         the Inception network of FID, streamed statistics
     §7 data                     digits drawn on the spot, torchvision's sets, folders of images
@@ -158,21 +159,6 @@ def cfm_loss(v, path, x_1, x_0=None, t=None, weight=1.0, t_end=1.0):
     return (weight * (v(x_t, t) - u).square().flatten(1).mean(1)).mean()
 
 
-def ot_coupling(x_0, x_1, y=None):
-    """Minibatch optimal transport (Tong et al., arXiv 2302.00482; Pooladian et al., 2304.14772).
-
-    x_0, x_1: (B, ...).  Returns x_0 in the order in which the sum of ‖x_0 − x_1‖² is least.
-    y: (B,) labels: noise then changes places only within a class: p(x_0 | y) stays N(0, I).
-    """
-    y = torch.zeros(len(x_0)) if y is None else y
-    coupled = x_0.clone()
-    for label in y.unique():
-        rows = (y == label).nonzero()[:, 0].to(x_0.device)
-        cost = torch.cdist(x_1[rows].flatten(1), x_0[rows].flatten(1)).square()
-        coupled[rows] = x_0[rows[linear_sum_assignment(cost.cpu())[1]]]
-    return coupled
-
-
 # §3  ODE solvers: dx/dt = f(x, t) ---------------------------------------------------------------
 
 
@@ -301,6 +287,25 @@ def bits_per_dim(log_p, D):
     return 7 - (log_p.logsumexp(1) - math.log(log_p.shape[1])) / (D * math.log(2))
 
 
+# The paper ends here, the engineering begins. ===================================================
+# Beyond the paper, for any callable v: coupling, guidance, noise that a seed decides ------------
+
+
+def ot_coupling(x_0, x_1, y=None):
+    """Minibatch optimal transport (Tong et al., arXiv 2302.00482; Pooladian et al., 2304.14772).
+
+    x_0, x_1: (B, ...).  Returns x_0 in the order in which the sum of ‖x_0 − x_1‖² is least.
+    y: (B,) labels: noise then changes places only within a class: p(x_0 | y) stays N(0, I).
+    """
+    y = torch.zeros(len(x_0)) if y is None else y
+    coupled = x_0.clone()
+    for label in y.unique():
+        rows = (y == label).nonzero()[:, 0].to(x_0.device)
+        cost = torch.cdist(x_1[rows].flatten(1), x_0[rows].flatten(1)).square()
+        coupled[rows] = x_0[rows[linear_sum_assignment(cost.cpu())[1]]]
+    return coupled
+
+
 def guided(v, y, scale=1.0):
     """Classifier-free guidance of scale s (arXiv 2207.12598): v(∅) + s (v(y) − v(∅)).
 
@@ -336,7 +341,6 @@ def seed_from(*keys):
     return int(np.random.SeedSequence(keys).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
-# The paper ends here, the engineering begins. ===================================================
 # §5  Network: the U-Net of DDPM and its successors (Ho et al. 2020, Dhariwal & Nichol 2021) -----
 
 
@@ -811,7 +815,7 @@ def draw_batch(images, labels, config, step, device, rank=0, world=1):
     torch.manual_seed(seed_from(config["seed"], step))
     B = config["batch"]
     index = to_device(torch.randint(len(images), (B,)), images.device)
-    flip = torch.rand(B, device=device) < 0.5 * config["flip"]
+    flip = torch.rand(B, device=device) < 0.5
     dropped = torch.rand(B, device=device) < config["label_drop"]
     x_0 = torch.randn(B, *images.shape[1:], device=device)
     t = torch.rand(B, device=device)
@@ -821,7 +825,8 @@ def draw_batch(images, labels, config, step, device, rank=0, world=1):
     mine = slice(rank * B // world, (rank + 1) * B // world)
     part = slice(B) if config["coupling"] == "ot" else mine  # coupling needs the whole batch
     x_1 = to_device(images[index[part]], device)
-    x_1 = torch.where(flip[part, None, None, None], x_1.flip(3), x_1)
+    if config["flip"]:
+        x_1 = torch.where(flip[part, None, None, None], x_1.flip(3), x_1)
     x_1 = to_float(x_1).contiguous(memory_format=torch.channels_last)
     y = to_device(labels[index], device) if config["names"] else None
     if config["coupling"] == "ot":
@@ -1085,8 +1090,8 @@ def train(config, out, device, compiled=False, resume=None, stop=lambda: False):
             grid = picture_grid(to_uint8(x).cpu(), 8)
             write_atomically(out / f"step-{step:06d}.png", grid.save)
         if rank == 0 and saving:
-            parts = {k: p.state_dict() for k, p in state.items()} | dict(step=step, config=config)
-            write_atomically(out / "checkpoint.pt", functools.partial(torch.save, parts))
+            whole = {k: p.state_dict() for k, p in state.items()} | dict(step=step, config=config)
+            write_atomically(out / "checkpoint.pt", functools.partial(torch.save, whole))
         if stopping:
             break
         begun, since, history = step, time.perf_counter(), []
@@ -1292,10 +1297,10 @@ def pick_device(name):
     return torch.device(name)
 
 
-def pick_amp(name, device):
+def pick_amp(device):
     """bf16 where the GPU has it, else fp16; float32 on a CPU, where bf16 is mostly slower."""
-    if name or device.type != "cuda":
-        return name or "off"
+    if device.type != "cuda":
+        return "off"
     return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
 
 
@@ -1307,21 +1312,21 @@ def newest_checkpoint():
 
 def open_checkpoint(args, given):
     """The config, step and EMA velocity of --ckpt, and --device; fills in paths left open."""
+    if args.solver == "dopri5" and "steps" in given and "reference" in args:  # sample: for films
+        raise ValueError("dopri5 chooses its own steps: leave out --steps, or take --solver rk4")
     device = pick_device(args.device)
     file = Path(args.ckpt or newest_checkpoint())
     checkpoint, velocity = load_checkpoint(file, device)
     config, step = checkpoint["config"], checkpoint["step"]
     if not config["names"] and given.keys() & {"label", "guidance"}:
         raise ValueError("--label and --guidance need a model trained with --classes")
-    if args.solver == "dopri5" and "steps" in given and "reference" in args:  # sample: for films
-        raise ValueError("dopri5 chooses its own steps: leave out --steps, or take --solver rk4")
     if config["names"] and not config["label_drop"] and getattr(args, "guidance", None) != 1:
         raise ValueError("this model, trained with --label-drop 0, has no velocity without a class")
     print(f"{file}: step {step:,}, path {config['path']}, EMA weights (decay {config['ema']})")
     numbers = 2**20 if device.type == "cpu" else 2**25  # in a feature map: 4 MiB (cache), 128 MiB
     vars(args).update(dict(
         ckpt=str(file), data_dir=config["data_dir"], device=device.type,
-        amp="off" if args.solver == "dopri5" else pick_amp(None, device),
+        amp="off" if args.solver == "dopri5" else pick_amp(device),
         batch=max(1, min(512, numbers // (config["width"] * config["size"] ** 2))),
         results=str(file.with_name("results.jsonl"))) | given)
     return config, step, velocity, device
@@ -1352,7 +1357,7 @@ def run_train(args, given):
     """
     device = pick_device(args.device)
     given = {k: v for k, v in given.items() if k in CONFIG_FLAGS or k == "amp"}
-    config = {k: v[0] for k, v in CONFIG_FLAGS.items()} | dict(amp=pick_amp(args.amp, device))
+    config = {k: v[0] for k, v in CONFIG_FLAGS.items()} | dict(amp=pick_amp(device))
     config |= RECIPES.get(args.data, RECIPES["folder"]) | given
     out, resume = Path(args.out or f"runs/{Path(args.data).resolve().name}-{args.path}"), None
     if args.resume:

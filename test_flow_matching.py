@@ -1369,7 +1369,7 @@ def test_without_a_class_only_a_model_that_learnt_that_is_asked(tiny, tmp_path, 
 
 def test_dopri5_is_solved_in_float32_unless_told_otherwise(tiny, tmp_path, monkeypatch, capsys):
     """bf16 rounds by 4e-3, which the error control at 1e-5 would chase with ever smaller steps."""
-    monkeypatch.setattr(fm, "pick_amp", lambda name, device: name or "bf16")
+    monkeypatch.setattr(fm, "pick_amp", lambda device: "bf16")
     base = ["sample", "--ckpt", str(tiny[0] / "whole" / "checkpoint.pt"), "--n", "1"]
     for more, amp in ((["--solver", "euler"], "bf16"), (["--solver", "dopri5"], "off"),
                       (["--solver", "dopri5", "--amp", "bf16", "--tolerance", "1"], "bf16")):
