@@ -9,13 +9,8 @@ t = 1.  Along it every pair (x_0, x_1) moves with the velocity u = α'(t) x_1 + 
 network v(x, t) learns u by plain regression at random (x_t, t): Eq. 14.  The loss is least at
 the mean velocity of all pairs that meet at x (Eq. 8), and following that mean moves the noise
 distribution onto the data (Theorem 1).  So new images are the solutions of dx/dt = v(x, t).
-
-    the paper:        §1 paths, §2 loss, §3 ODE solvers, §4 sampling and likelihood
-    the engineering:  §5 coupling, guidance, noise, §6 network, §7 Fréchet distance, §8 data,
-                      §9 training, §10 the theory, drawn, §11 command line
-
-B, C, H, W are batch, channels, height and width; images are in [-1, 1].  Each of §1-§7, pasted
-with the imports and the sections that its title needs, runs.
+B, C, H, W are batch, channels, height and width; images are in [-1, 1].  §1-§4 are the paper.
+Each of §1-§7, pasted with the imports and the sections that its title needs, runs.
 
     python flow_matching.py train --path ot
     python flow_matching.py sample --steps 20      (then fid, nll, paths: --help has examples)
@@ -29,13 +24,13 @@ import functools
 import glob
 import hashlib
 import inspect
+import io
 import json
 import math
 import os
 import shlex
 import signal
 import sys
-import tempfile
 import time
 import unicodedata
 import zipfile
@@ -61,20 +56,14 @@ from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_imag
 
 
 def ot_path(t, sigma_min=1e-4):
-    """Optimal transport, Eq. 20: α = t, σ = 1 − (1 − σ_min) t, straight at constant speed.
-
-    The paper gives σ_min no value; 1e-4 is far below one grey level (2/255).
-    """
-    one = torch.ones_like(t)
+    """Optimal transport, Eq. 20: α = t, σ = 1 − (1 − σ_min) t, straight at constant speed."""
+    one = torch.ones_like(t)  # σ_min has no value in the paper; ours is below a grey level, 2/255
     sigma = (1 - t) + sigma_min * t  # written so, no digit cancels as t → 1
     return t, sigma, one, (sigma_min - 1) * one
 
 
 def vp_path(t, beta_min=0.1, beta_max=20.0):
-    """Variance-preserving diffusion, Eq. 18, with β rising linearly as data turns to noise.
-
-    With s = 1 − t and T = β_min s + ½ (β_max − β_min) s²:  α = exp(−½ T), σ² = 1 − α².
-    """
+    """Variance-preserving diffusion, Eq. 18: α = exp(−½ T), σ² = 1 − α²; dT/ds = β is linear."""
     s = (1 - t).clamp(min=1e-5)  # σ' → −∞ as s → 0
     T = beta_min * s + 0.5 * (beta_max - beta_min) * s**2
     beta = beta_min + (beta_max - beta_min) * s
@@ -85,10 +74,7 @@ def vp_path(t, beta_min=0.1, beta_max=20.0):
 
 
 def ve_path(t, sigma_min=0.01, sigma_max=50.0):
-    """Variance-exploding diffusion, Eq. 16: α = 1, σ = σ_min (σ_max/σ_min)^(1 − t).
-
-    At t = 0 the distribution is N(0, σ_max² I), not N(0, I).
-    """
+    """Variance-exploding diffusion, Eq. 16: α = 1, σ geometric; at t = 0 it is σ_max, not 1."""
     log_ratio = math.log(sigma_max / sigma_min)
     sigma = sigma_min * torch.exp(log_ratio * (1 - t))
     return torch.ones_like(t), sigma, torch.zeros_like(t), -log_ratio * sigma
@@ -166,7 +152,7 @@ def rk4(f, x, t, h):
 
 
 def dopri5(f, x, t_0, t_1, tolerance):
-    """Adaptive Dormand-Prince, order 5, scipy's RK45: the same steps for the batch, no gradients."""
+    """Adaptive Dormand-Prince of order 5, scipy's RK45: one step size for all, no gradients."""
     if t_0 == t_1 or x.numel() == 0:  # scipy would divide by it
         return x
 
@@ -190,14 +176,14 @@ SOLVERS = {"euler": euler, "midpoint": midpoint, "rk4": rk4, "dopri5": dopri5}
 def odeint(v, x, t_0=0.0, t_1=1.0, solver="midpoint", steps=20, tolerance=1e-5):
     """Solve dx/dt = v(x, t) from t_0 to t_1, forward or backward in time.
 
-    v: callable (x, t) -> velocity with t: (B,); x: (B, ...), floating-point.  euler, midpoint and
-    rk4 take `steps` equal steps; dopri5 takes its own, by a relative and absolute tolerance.
-    Returns x at t_1 and the number of evaluations of v (NFE).  Raises ValueError for an unknown
-    solver, steps < 1, a wrong type or shape, FloatingPointError for what fails or is not finite.
+    v: callable (x, t) -> velocity with t: (B,); x: (B, ...).  euler, midpoint and rk4 take `steps`
+    equal steps; dopri5 takes its own, by a relative and absolute tolerance.  Returns x at t_1 and
+    the number of evaluations of v (NFE).  Raises ValueError for a wrong solver, type or shape,
+    FloatingPointError for a solve that fails or is not finite.
     """
     if steps < 1 or solver not in SOLVERS or not x.is_floating_point():
-        raise ValueError(f"{solver} with {steps} steps of {x.dtype}: floating-point numbers and at "
-                         f"least one step of {', '.join(SOLVERS)} are due")
+        raise ValueError(f"{steps} steps of {solver} on {x.dtype}: 1 or more of {[*SOLVERS]} on "
+                         "floating-point numbers are due")
     nfe = 0
 
     def f(x, t):
@@ -224,12 +210,8 @@ def odeint(v, x, t_0=0.0, t_1=1.0, solver="midpoint", steps=20, tolerance=1e-5):
 
 @torch.no_grad()
 def sample(v, noise, path=ot_path, **solver):
-    """Noise to data: p_0 = N(0, σ(0)² I) is pushed along v to t = 1.
-
-    v: callable (x, t), noise: (B, ...) from N(0, I), solver: as for odeint.
-    Returns x_1: (B, ...) and the NFE.
-    """
-    sigma_0 = path(noise.new_zeros(1))[1]
+    """Noise (B, ...) from N(0, I) to data: x_1 and the NFE; solver: as for odeint."""
+    sigma_0 = path(noise.new_zeros(1))[1]  # p_0 = N(0, σ(0)² I)
     return odeint(v, sigma_0 * noise, 0.0, 1.0, **solver)
 
 
@@ -244,11 +226,10 @@ def invert(v, x_1, path=ot_path, **solver):
 def log_likelihood(v, x_1, path=ot_path, probes=None, **solver):
     """log p_1(x_1) in nats, (B,), and the NFE: the change of variables along the flow.
 
-    d log p_t(x_t)/dt = −div v(x_t, t), solved with the ODE backward from data to noise.
-    x_1: (B, ...), D numbers each.  probes: list of E: (B, ...); div v is taken as the sum of
-    Eᵀ (∂v/∂x) E.  One draw of random signs, held through the solve, is Hutchinson's unbiased
-    estimate; None is every unit vector: exact, at D gradients an evaluation.
-    v must not mix the samples of a batch.  The result has no gradient.
+    d log p_t(x_t)/dt = −div v(x_t, t), solved backward from data x_1: (B, ...), D numbers each.
+    probes: list of E: (B, ...); div v is taken as the sum of Eᵀ (∂v/∂x) E.  One draw of random
+    signs, held through the solve, is Hutchinson's unbiased estimate; None is every unit vector:
+    exact, at D gradients an evaluation.  v must not mix samples.  The result has no gradient.
     """
     if probes is None:
         units = torch.eye(x_1[0].numel(), dtype=x_1.dtype, device=x_1.device)
@@ -301,8 +282,8 @@ def ot_coupling(x_0, x_1, y=None):
 def guided(v, y, scale=1.0):
     """Classifier-free guidance of scale s (arXiv 2207.12598): v(∅) + s (v(y) − v(∅)).
 
-    v: callable (x, t, y), y: (B,) labels; y = None is ∅.  Returns a callable (x, t).  s = 1 is
-    plain conditional sampling and evaluates v once; any other scale evaluates it twice.
+    v: callable (x, t, y), y: (B,) labels or None, which is ∅.  Returns a callable (x, t) that
+    evaluates v twice; s = 1 is plain conditional sampling and evaluates it once.
     """
     if scale == 1:
         return lambda x, t: v(x, t, y)
@@ -379,11 +360,11 @@ class ResBlock(nn.Module):
 class UNet(nn.Module):
     """F(x, t, y): (B, C, H, W), (B,), labels (B,) or None -> (B, C, H, W).
 
-    size: height of the images that `attention` speaks of; width: channels at full resolution,
-    divisible by 4; mults: of the width, per level; blocks: per level; attention: heights of maps
-    at which to attend, if any then in the middle too; classes: number of labels, label `classes`
-    (also y = None) meaning "no label".  128 × (1, 2, 2, 2), 2 blocks, attention at 16 is the usual
-    CIFAR-10 net: 35.5M parameters.  Raises ValueError for a size not divisible by 2^(levels − 1).
+    size: height of the images that `attention` speaks of; width: channels at full resolution, a
+    multiple of 4; mults: of the width, and blocks: per level; attention: heights of maps at which
+    to attend, if any then in the middle too; classes: number of labels, of which `classes` (or
+    y = None) is "no label".  The defaults are the usual CIFAR-10 net: 35.5M parameters.
+    Raises ValueError for a height or width that is not divisible by 2^(levels − 1).
     """
 
     def __init__(self, channels=3, size=32, width=128, mults=(1, 2, 2, 2), blocks=2,
@@ -453,11 +434,11 @@ class UNet(nn.Module):
 
 
 class Velocity(nn.Module):
-    """The velocity v(x, t, y) of a config: a U-Net F for ot, as in Eq. 23, preconditioned for vp, ve.
+    """The velocity v(x, t, y) of a config: for ot a plain U-Net F, as in Eq. 23.
 
-    There F learns only what the best linear predictor misses, at unit scale (Karras et al.,
-    arXiv 2206.00364, §5, for any path): v = c_skip x + c_out F(c_in x, t, y), loss weight 1/c_out².
-    They need it: ve's inputs span 1 to 50 and its targets 0.085 to 426.
+    For vp and ve, whose scales vary (ve's targets from 0.085 to 426), F learns only what the best
+    linear predictor misses, at unit scale (Karras et al., arXiv 2206.00364, §5, for any path):
+    v = c_skip x + c_out F(c_in x, t, y), loss weight 1/c_out².
     """
 
     def __init__(self, config):
@@ -514,13 +495,14 @@ def inception(file="", device="cpu"):
         if not file and not cache.exists():
             cache.parent.mkdir(parents=True, exist_ok=True)
             torch.hub.download_url_to_file(INCEPTION_URL, cache, INCEPTION_SHA256)
-        if hashlib.sha256(Path(file or cache).read_bytes()).hexdigest() != INCEPTION_SHA256:
-            raise ValueError("another SHA-256")
-    except (OSError, RuntimeError, ValueError) as error:
-        raise ValueError(f"no weights in {file or cache} ({error}): fetch {INCEPTION_URL} and name "
-                         "it with --inception FILE, or use --features pixels") from None
+        weights = Path(file or cache).read_bytes()
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"no Inception weights ({error}): fetch {INCEPTION_URL} elsewhere and "
+                         "name it with --inception FILE, or use --features pixels") from None
+    if hashlib.sha256(weights).hexdigest() != INCEPTION_SHA256:
+        raise ValueError(f"{file or cache} has another SHA-256 than {INCEPTION_URL}")
     net = torchvision.models.inception_v3(num_classes=1008, aux_logits=False, init_weights=False)
-    net.load_state_dict(torch.load(file or cache, map_location="cpu", weights_only=True))
+    net.load_state_dict(torch.load(io.BytesIO(weights), map_location="cpu", weights_only=True))
     net.fc = nn.Identity()
     net = net.eval().requires_grad_(False).to(device)
 
@@ -575,8 +557,8 @@ def frechet_distance(mean_1, cov_1, mean_2, cov_2):
 
 # §8  Data: a uint8 tensor (N, C, H, W), an int64 tensor (N,) of labels, and the labels' names ---
 
-TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10"}
-ENDINGS = {*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif"}
+TORCHVISION = {"mnist": torchvision.datasets.MNIST, "cifar10": torchvision.datasets.CIFAR10,
+               "fashion-mnist": torchvision.datasets.FashionMNIST}
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # image generators store megabytes of text in a PNG
 
 
@@ -590,43 +572,15 @@ def draw_digits(n, size, seed=0):
     maps, font = torch.from_numpy(maps).float().reshape(n, 2, 3), ImageFont.load_default(big)
     images = torch.empty(n, 1, size, size, dtype=torch.uint8)
     for digit, stroke in sorted({*zip(labels.tolist(), strokes.tolist(), strict=True)}):
-        canvas, middle = Image.new("L", (big, big)), (big / 2, big / 2)
-        ImageDraw.Draw(canvas).text(middle, str(digit), 255, font, anchor="mm", stroke_width=stroke)
+        canvas = Image.new("L", (big, big))
+        draw, middle = ImageDraw.Draw(canvas), (big / 2, big / 2)
+        draw.text(middle, str(digit), 255, font, anchor="mm", stroke_width=stroke)
         glyph = F.avg_pool2d(pil_to_tensor(canvas)[None].float(), 5, stride=1, padding=2)
         rows = np.flatnonzero((labels == digit) & (strokes == stroke))
         grid = F.affine_grid(maps[rows], (len(rows), 1, size, size), align_corners=False)
         glyphs = glyph.expand(len(rows), -1, -1, -1)
         images[rows] = F.grid_sample(glyphs, grid, align_corners=False).round().byte()
     return images, torch.from_numpy(labels), list("0123456789")
-
-
-def load_torchvision(name, data_dir, size, test=False):
-    """mnist, fashion-mnist or cifar10 from data_dir, downloaded into it if they are not there."""
-    try:
-        load = getattr(torchvision.datasets, TORCHVISION[name])
-        data = load(data_dir, train=not test, download=True)
-    except (OSError, RuntimeError, AssertionError, ValueError) as error:
-        raise ValueError(f"{name} is not whole in {data_dir} nor downloaded ({error}): name "
-                         "its folder with --data-dir, or use --data digits") from None
-    images, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets)
-    images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)
-    parts = [resize(part, [size, size]) for part in images.split(1000)]  # bounded memory
-    return torch.cat(parts).contiguous(), labels, data.classes
-
-
-def find_images(folder):
-    """The image files below a folder; links are followed, hidden names skipped, others told."""
-    found = sorted(map(Path, glob.glob(f"{glob.escape(folder)}/**/*", recursive=True)))
-    for path in found:
-        circle = path.is_symlink() and Path(folder).resolve().is_relative_to(path.resolve())
-        if circle or not os.access(path, os.R_OK):
-            raise ValueError(f"{path} is a broken link, a link in a circle, or not to be read")
-    images = [path for path in found if path.suffix.lower() in ENDINGS]
-    others = [path.suffix or path.name for path in {*found} - {*images} if not path.is_dir()]
-    if others:
-        counts = [f"{others.count(ending):,} {ending}" for ending in sorted({*others})]
-        print(f"{folder}: left out {', '.join(counts)}")
-    return images
 
 
 def decode(file, size, mode):
@@ -674,32 +628,52 @@ def load_folder(folder, data_dir, size):
     """All images below a folder; its subfolders are the classes, an image beside them has none.
 
     They are decoded once, into a memory-mapped array in data_dir that need not fit in memory.
+    Links are followed, hidden names skipped, other files told.
     """
-    root, files = Path(folder).resolve(), find_images(folder)
+    root, endings = Path(folder).resolve(), {*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif"}
+    found = sorted(map(Path, glob.glob(f"{glob.escape(str(root))}/**/*", recursive=True)))
+    for path in found:
+        circle = path.is_symlink() and root.is_relative_to(path.resolve())
+        if circle or not os.access(path, os.R_OK):
+            raise ValueError(f"{path} is a broken link, a link in a circle, or not to be read")
+    files = [path for path in found if path.suffix.lower() in endings]
+    others = [path.suffix or path.name for path in {*found} - {*files} if not path.is_dir()]
+    if {".heic", ".heif", ".avif"} & {end.lower() for end in others}:
+        raise ValueError(f"{folder} has images of a kind that is not read, as .heic: convert them")
+    if others:
+        print(folder, "left out:", *(f"{others.count(end):,} {end}" for end in sorted({*others})))
     if not files:
         raise ValueError(f"{folder} is no folder with images, nor digits, {', '.join(TORCHVISION)}")
-    parts = [unicodedata.normalize("NFC", str(f.relative_to(folder))).split(os.sep) for f in files]
+    parts = [unicodedata.normalize("NFC", str(f.relative_to(root))).split(os.sep) for f in files]
     names = sorted({p[0] for p in parts if len(p) > 1})
     if "train" in names and {*names} <= {"train", "val", "valid", "validation", "test"}:
-        raise ValueError(f"{folder} holds splits, not classes: name one, as {Path(folder, 'train')}")
+        raise ValueError(f"{folder} holds splits, not classes: name one, as {root / 'train'}")
     index = {name: i for i, name in enumerate(names)}
     labels = torch.tensor([index[p[0]] if len(p) > 1 else len(names) for p in parts])
     stamps = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    key = hashlib.sha256(repr((root, size, stamps)).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]  # of the resolved paths
     npy = Path(data_dir, f"{root.name}-{size}-{key}.npy")
     array = cached(npy, functools.partial(decode_all, files, size), (len(files), size))
     return torch.from_numpy(array), labels, names
 
 
 def load_data(name, data_dir, size, test=False):
-    """The images, labels and names of a --data argument; test: those kept from training."""
+    """The data of a --data argument, downloaded if need be; test: those kept from training."""
     if name == "digits":
         return draw_digits(20_000, size, seed=int(test))
-    if name in TORCHVISION:
-        return load_torchvision(name, data_dir, size, test)
-    if test:
-        raise ValueError(f"the folder {name} has no test split: name a folder instead")
-    return load_folder(name, data_dir, size)
+    if name not in TORCHVISION:
+        if test:
+            raise ValueError(f"the folder {name} has no test split: name a folder instead")
+        return load_folder(name, data_dir, size)
+    try:
+        data = TORCHVISION[name](data_dir, train=not test, download=True)
+    except (OSError, RuntimeError, AssertionError, ValueError) as error:
+        raise ValueError(f"{name} is not whole in {data_dir} nor downloaded ({error}): name "
+                         "its folder with --data-dir, or use --data digits") from None
+    images, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets)
+    images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)
+    parts = [resize(part, [size, size]) for part in images.split(1000)]  # bounded memory
+    return torch.cat(parts).contiguous(), labels, data.classes
 
 
 def to_float(images):
@@ -739,6 +713,7 @@ def atomic(file):
     """A temporary name; what the block writes there becomes the file: whole, or untouched."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f"tmp-{os.urandom(4).hex()}-{file.name}")
+    temporary.touch()  # what cannot be written is said before the work, not after it
     try:
         yield temporary
         with open(temporary, "rb+") as f:
@@ -748,15 +723,13 @@ def atomic(file):
                 return os.replace(temporary, file)
             time.sleep(seconds)
         os.replace(temporary, file)
-    except RuntimeError as error:  # what torch.save makes of a full disk
-        raise OSError(f"{file} was not written, is the disk full? ({error})") from None
     finally:
         with contextlib.suppress(OSError):  # which would hide the error that led here
             temporary.unlink(missing_ok=True)
 
 
 def cached(npy, make, ends):
-    """The array, memory-mapped, of a .npy file, which make(temporary) writes unless it is whole.
+    """The memory-mapped array of a .npy file; make(temporary) writes it unless it is there, whole.
 
     ends: the first and the last length of the array.
     """
@@ -774,7 +747,7 @@ def cached(npy, make, ends):
 
 # §9  Training  (needs all above) ----------------------------------------------------------------
 
-TRAIN = dict(  # the flags of train, which a checkpoint keeps
+TRAIN = dict(  # the flags of train; a checkpoint keeps them
     data="digits", path="ot", classes=False, coupling="independent", time="logit-normal",
     data_dir="data", size=16, width=32, mults=[1, 2, 2], blocks=1, attention=[], dropout=0.0,
     label_drop=0.1, batch=32, optimizer="muon", lr=5e-3, warmup=50, steps=1000, ema=0.995,
@@ -792,7 +765,6 @@ RECIPES = {  # what a data set changes in them
 }
 SAMPLE = dict(ckpt="", n=64, label="", guidance=1.0, solver="midpoint", steps=20, tolerance=1e-5,
               seed=0, batch=128, device="", amp="")
-HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}  # mixed precision; float32 else
 
 
 class Muon(torch.optim.Optimizer):
@@ -842,22 +814,25 @@ def draw_batch(images, labels, config, step, device):
     return x_1, y, x_0, t
 
 
-def build(config, device):
-    """What a config describes and a checkpoint keeps: models and optimizers by name."""
+def build(config, device, checkpoint=None):
+    """What a config describes and a checkpoint keeps, by name; with the state that it keeps."""
     torch.manual_seed(config.seed)
-    model = Velocity(config).to(device, memory_format=torch.channels_last)
-    hidden, others = [], []
+    model, hidden, others = Velocity(config).to(device), [], []
     for p in model.parameters():
-        is_hidden = config.optimizer == "muon" and p.dim() == 4 and min(p.shape[:2]) >= 16
-        (hidden if is_hidden else others).append(p)
+        muon = config.optimizer == "muon" and p.dim() == 4 and min(p.shape[:2]) >= 16
+        (hidden if muon else others).append(p)
     parts = dict(model=model, ema=copy.deepcopy(model).eval().requires_grad_(False),
                  adamw=torch.optim.AdamW(others, weight_decay=0, fused=True),
-                 scaler=torch.amp.GradScaler(torch.device(device).type, enabled=config.amp == "fp16"))
-    return parts | (dict(muon=Muon(hidden)) if hidden else {})
+                 scaler=torch.amp.GradScaler(device, enabled=config.amp == "fp16"))
+    parts |= dict(muon=Muon(hidden)) if hidden else {}
+    for name, part in parts.items() if checkpoint else ():
+        if name != "scaler" or checkpoint[name]:  # {} unless the run was in fp16
+            part.load_state_dict(checkpoint[name])
+    return parts
 
 
 def load(file, device="cpu"):
-    """What save() wrote: the checkpoint, a dict, and the parts that its config describes.
+    """What save() wrote, a dict, and its velocity with the EMA weights.
 
     weights_only: a hostile file cannot run code.  Raises ValueError for a damaged or other file.
     """
@@ -868,52 +843,52 @@ def load(file, device="cpu"):
             raise ValueError(f"damaged at {damaged}")
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)
         check_flags({k: checkpoint["config"][k] for k in TRAIN} | dict(steps=checkpoint["step"]))
-        parts = build(argparse.Namespace(**checkpoint["config"]), device)
-        for name, part in parts.items():
-            part.load_state_dict(checkpoint[name])
-        if not all(p.isfinite().all() for p in parts["ema"].parameters()):
+        ema = build(argparse.Namespace(**checkpoint["config"]), device, checkpoint)["ema"]
+        if not all(p.isfinite().all() for p in ema.parameters()):
             raise ValueError("weights are not finite")
     except Exception as error:  # torch, and a foreign dict, raise a dozen kinds
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:150]
         raise ValueError(f"{file} is no whole checkpoint of this version ({reason})") from None
-    return checkpoint, parts
+    return checkpoint, ema
 
 
 def make_images(velocity, args):
-    """Images of the noises 0..n − 1 of a seed, in batches: yields indices, x: (b, C, H, W), NFE.
+    """Images of the noises 0..n − 1 of a seed, in batches: yields indices, uint8 images, NFE.
 
-    args: all of SAMPLE but out.  With classes, image i is of args.label, or of class i mod K.
+    args: all of SAMPLE.  With classes, image i is of args.label, or of class i mod K.
     """
-    config, device = velocity.config, next(velocity.parameters()).device
+    config, solver = velocity.config, {k: vars(args)[k] for k in ("solver", "steps", "tolerance")}
     if args.guidance != 1 and not (config.names and config.label_drop):
         raise ValueError("--guidance needs a model trained with --classes and a --label-drop")
     classes = [config.names.index(args.label)] if args.label else range(len(config.names))
     for part in in_batches(args.n, args.batch, "images"):
         noise = draw_noise(args.seed, part, (config.channels, config.size, config.size))
-        y = torch.tensor([classes[i % len(classes)] for i in part]).to(device) if classes else None
-        with torch.autocast(device.type, HALF.get(args.amp), enabled=args.amp in HALF):
-            x, nfe = sample(guided(velocity, y, args.guidance), noise.to(device),
-                            PATHS[config.path], solver=args.solver, steps=args.steps,
-                            tolerance=args.tolerance)
-        yield part, x, nfe * (1 if args.guidance == 1 else 2)
+        y = torch.tensor([classes[i % len(classes)] for i in part]) if classes else None
+        v = guided(velocity, y if y is None else y.to(args.device), args.guidance)
+        with autocast(args.device, args.amp):
+            x, nfe = sample(v, noise.to(args.device), PATHS[config.path], **solver)
+        yield part, to_uint8(x).cpu(), nfe * (1 if args.guidance == 1 else 2)
 
 
 def save(config, step, parts, log, grid):
     """In config.out: a grid of samples of the EMA weights, if one is due, then the checkpoint."""
     if grid:  # first: weights that are not finite stop here, unsaved
-        made = make_images(parts["ema"], argparse.Namespace(**SAMPLE))
-        images = torch.cat([to_uint8(x).cpu() for _, x, _ in made])
+        args = argparse.Namespace(**SAMPLE | dict(device=config.device))
+        images = torch.cat([x for _, x, _ in make_images(parts["ema"], args)])
         with atomic(Path(config.out, f"step-{step:06d}.png")) as temporary:
             picture_grid(images, 8).save(temporary)
     checkpoint = {name: part.state_dict() for name, part in parts.items()}
     with atomic(Path(config.out, "checkpoint.pt")) as temporary:
-        torch.save(checkpoint | dict(step=step, config=vars(config), log=log), temporary)
+        try:
+            torch.save(checkpoint | dict(step=step, config=vars(config), log=log), temporary)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(f"{config.out}: is the disk full? ({error})") from None
 
 
-def append_rows(file, *rows):
-    """Add rows to a file of JSON lines."""
-    with open(file, "a", encoding="utf-8") as f:
-        f.writelines(json.dumps(row) + "\n" for row in rows)
+def autocast(device, amp):
+    """Mixed precision: matrix work in bf16 or fp16, or everything in float32, "off"."""
+    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
+    return torch.autocast(device, dtype, enabled=amp in ("bf16", "fp16"))
 
 
 def start_ranks(device):
@@ -930,11 +905,11 @@ def start_ranks(device):
     return dist.get_rank(), dist.get_world_size(), torch.device(device)
 
 
-def train(config, checkpoint=None, parts=None, stop=lambda: False):
+def train(config, checkpoint=None, stop=lambda: False):
     """Train by a config, leaving checkpoint.pt, log.jsonl and grids of samples in config.out.
 
-    config: a namespace of all of TRAIN; checkpoint, parts: what load() returned, to go on from,
-    bit by bit on a CPU.  stop: asked after each step; once true, the run ends with a checkpoint.
+    config: a namespace of all of TRAIN; checkpoint: what load() read, to go on from, bit by bit on
+    a CPU.  stop: asked after each step; once true, the run ends with a checkpoint.
     Returns the last step.  Raises FloatingPointError, and saves nothing, once a gradient is not
     finite (in fp16: at any loss scale); ValueError for data that do not fit.
     """
@@ -953,12 +928,12 @@ def train(config, checkpoint=None, parts=None, stop=lambda: False):
         some = images[:: max(1, len(images) // 10_000)]
         rms = torch.stack([to_float(image).square().mean() for image in some]).mean().sqrt()
         config = argparse.Namespace(**vars(config), **found, data_rms=rms.item())
-    if found != {k: vars(config)[k] for k in found}:
+    elif found != {k: vars(config)[k] for k in found}:
         raise ValueError(f"{config.data} has other channels or classes than {config.out}")
     if device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info(device)[1] / 4:
         images, labels = images.to(device), labels.to(device)
 
-    parts = parts or build(config, device)
+    parts = build(config, device.type, checkpoint)
     velocity, ema, scaler = parts["model"], parts["ema"], parts["scaler"]
     optimizers = [parts[name] for name in ("adamw", "muon") if name in parts]
     model = velocity  # the bare module is saved and averaged: no "_orig_mod." in its names
@@ -967,22 +942,23 @@ def train(config, checkpoint=None, parts=None, stop=lambda: False):
     if config.compile:
         model = torch.compile(model)
     start, log = (checkpoint["step"], checkpoint["log"]) if checkpoint else (0, [])
-    log_file = Path(config.out, "log.jsonl")
+    out, logged = Path(config.out), open(os.devnull, "w")
     if rank == 0:
-        with atomic(log_file) as temporary:  # without what was logged after the checkpoint
-            append_rows(temporary, *log)
-    millions = sum(p.numel() for p in ema.parameters()) / 1e6
-    print(f"{config.data}: {len(images):,} images of {tuple(images.shape[1:])}, {len(names)} classes"
-          f" {', '.join(names[:5])}\npath {config.path}, {millions:.2f}M parameters, {world} x "
-          f"{device}, amp {config.amp}, {config.steps:,} steps x batch {config.batch} = "
-          f"{config.steps * config.batch / len(images):,.1f} epochs, writing {config.out}/")
+        out.mkdir(parents=True, exist_ok=True)
+        logged = open(out / "log.jsonl", "w", buffering=1)
+        logged.writelines(json.dumps(row) + "\n" for row in log)  # of the checkpoint, no later
+    print(f"{config.data}: {len(images):,} images of {tuple(images.shape[1:])}, {len(names)} "
+          f"classes: {', '.join(names[:5])}\npath {config.path}, "
+          f"{sum(p.numel() for p in ema.parameters()):,} parameters, {config.steps:,} steps x "
+          f"batch {config.batch} = {config.steps * config.batch / len(images):,.1f} epochs, {world} x "
+          f"{device} ({config.batch // world} images each), amp {config.amp}, into {out}/")
 
     since, begun, losses, norms = time.perf_counter(), start, [], []
-    for step in range(start + 1, config.steps + 1):  # between log lines nothing waits for the GPU
+    for step in range(start + 1, config.steps + 1):  # between log lines nothing waits for a GPU
         batch = draw_batch(images, labels, config, step, device)
         x_1, y, x_0, t = (part.chunk(world)[rank] for part in batch)
         torch.manual_seed(hash((config.seed, step, rank)))  # dropout differs between ranks
-        with torch.autocast(device.type, HALF.get(config.amp), enabled=config.amp in HALF):
+        with autocast(device.type, config.amp):
             v, weight = functools.partial(model, y=y), velocity.scales(t)[2] ** -2
             loss = cfm_loss(v, PATHS[config.path], x_1, x_0, t, weight)
         scaler.scale(loss).backward()
@@ -1016,14 +992,13 @@ def train(config, checkpoint=None, parts=None, stop=lambda: False):
         loss = torch.stack(losses).mean() / world
         if world > 1:
             dist.all_reduce(loss)
-        if rank == 0:
-            rate = config.batch * (step - begun) / (time.perf_counter() - since)
-            log.append(dict(step=step, loss=loss.item(), images_per_second=rate))
-            append_rows(log_file, log[-1])
-            print(f"step {progress(step, config.steps, since, begun)}  {rate:,.0f} images/s  "
-                  f"loss {loss:.4f}", flush=True)
-            if saving:
-                save(config, step, parts, log, grid=not stopping)
+        rate = config.batch * (step - begun) / (time.perf_counter() - since)
+        log.append(dict(step=step, loss=loss.item(), images_per_second=rate))
+        print(json.dumps(log[-1]), file=logged)
+        print(f"step {progress(step, config.steps, since, begun)}  {rate:,.0f} images/s  "
+              f"loss {loss:.4f}", flush=True)
+        if saving and rank == 0:
+            save(config, step, parts, log, grid=not stopping)
         if stopping:
             break
         since, begun, losses, norms = time.perf_counter(), step, [], []
@@ -1071,16 +1046,14 @@ def draw_paths(means, tau, seed=0):
         for i in range(100):
             way.append(odeint(v, way[-1], i / 100, (i + 1) / 100, "rk4", steps=1)[0])
         for i in (0, 25, 50, 75, 100):
-            half = max(3.0, 2 + 3 * path(torch.tensor([i / 100]))[1].item())  # axes: −half to half
+            half = max(3.0, way[i].abs().max().item())  # axes from −half to half, y upwards
             board = Image.new("RGB", (600, 600), "white")  # drawn large, then averaged down
-            draw = ImageDraw.Draw(board)
-            at = (torch.stack(way[: i + 1]) * torch.tensor([1, -1]) / half + 1) * 300  # y is up
+            draw, at = ImageDraw.Draw(board), torch.stack(way[: i + 1]) * torch.tensor([1, -1])
             for line in at[:, :24].transpose(0, 1):
-                draw.line(line.flatten().tolist(), "#d35400", 2)
-            for dot in at[-1].tolist():
+                draw.line(((line / half + 1) * 300).flatten().tolist(), "#d35400", 2)
+            for dot in ((at[-1] / half + 1) * 300).tolist():
                 draw.circle(dot, 3, "#202020")
-            draw.text((12, 8), f"{name}, t = {i / 100:g}", "black", font)
-            draw.text((588, 8), f"axes ±{half:.3g}", "grey", font, "ra")
+            draw.text((12, 8), f"{name}, t = {i / 100:g}, axes to ±{half:.3g}", "black", font)
             panels.append(pil_to_tensor(board.reduce(2)))
     return picture_grid(torch.stack(panels), 5)
 
@@ -1164,17 +1137,17 @@ def integers(text):
 
 
 def check_flags(flags):
-    """Raises ValueError for a number out of range: positive and finite, but for MAY_BE_0."""
+    """Raises ValueError for a number that is not positive and finite, but for MAY_BE_0."""
     for flag, value in flags.items():
         low, high = 0 if flag in MAY_BE_0 else 1e-12, 1 if flag in AT_MOST_1 else 1e12
         values = value if isinstance(value, list) else [value]
-        numbers = all(low <= x <= high for x in values if type(x) in (int, float))
-        if not numbers or not values and flag != "attention":
+        good = all(low <= x <= high for x in values if type(x) in (int, float))
+        if not good or not values and flag != "attention":
             raise ValueError(f"--{flag.replace('_', '-')} {value} is not from {low:g} to {high:g}")
 
 
 def pick_device(name):
-    """The device of that name, or the fastest here, and its mixed precision; it is tried."""
+    """The device of that name, or the fastest here, once tried; and its mixed precision."""
     here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     name = name or next(k for k in here if here[k])
     try:
@@ -1220,23 +1193,6 @@ def stop_signals():
             signal.signal(number, handler)
 
 
-def open_model(command, typed):
-    """All flags of a command, and the velocity, with EMA weights, of its checkpoint."""
-    device, amp = pick_device(typed.get("device"))
-    file = Path(typed.get("ckpt", newest_checkpoint()))
-    checkpoint, parts = load(file, device)
-    config = parts["ema"].config
-    solver = typed.get("solver", DEFAULTS[command]["solver"])
-    if solver == "dopri5" and "steps" in typed:
-        raise ValueError("dopri5 chooses its steps: leave out --steps, or take --solver rk4")
-    known = dict(ckpt=str(file), device=device, data_dir=config.data_dir,
-                 results=str(file.with_name("results.jsonl")),
-                 amp="off" if solver == "dopri5" else amp)  # it would chase the rounding
-    print(f"{file}: step {checkpoint['step']:,}, path {config.path}, EMA weights")
-    known = {flag: value for flag, value in known.items() if flag in DEFAULTS[command]}
-    return argparse.Namespace(**DEFAULTS[command] | known | typed), parts["ema"]
-
-
 def run_train(typed):
     """Learn to make images from noise.
 
@@ -1245,32 +1201,49 @@ def run_train(typed):
       flow_matching.py train --data photos/ --size 64 --out runs/photos
       flow_matching.py train --resume
     """
+    device, amp = pick_device(typed.get("device"))
     data, path = (typed.get(flag, TRAIN[flag]) for flag in ("data", "path"))
     out = Path(typed.get("out", f"runs/{Path(data).resolve().name}-{path}"))
-    checkpoint, parts, known = None, None, RECIPES.get(data, RECIPES["folder"])
-    device, amp = pick_device(typed.get("device"))
+    checkpoint, known = None, RECIPES.get(data, RECIPES["folder"])
     if "resume" in typed:
         out = out if typed.keys() & {"out", "data", "path"} else newest_checkpoint().parent
-        checkpoint, parts = load(out / "checkpoint.pt", device)
+        checkpoint, _ = load(out / "checkpoint.pt")
         known = checkpoint["config"]
         for flag in typed.keys() - MAY_CHANGE:
             if typed[flag] != known[flag]:
                 raise ValueError(f"--{flag} cannot change: {out} was begun with {known[flag]}")
-    settled = dict(device=device, out=str(out))
-    config = argparse.Namespace(**TRAIN | dict(amp=amp) | known | typed | settled)
+    config = TRAIN | dict(amp=amp) | known | typed | dict(device=device, out=str(out))
+    config = argparse.Namespace(**config)
     if out.resolve().is_relative_to(Path(config.data).resolve()):
         raise ValueError(f"--out {out} is inside --data {config.data}, which would train on it")
-    if not checkpoint:
-        check_free(out, config.overwrite)
-        UNet(1, config.size, config.width, config.mults)  # refuses a bad shape before any work
-    elif checkpoint["step"] >= config.steps:
+    if checkpoint and checkpoint["step"] >= config.steps:
         raise ValueError(f"{out} is at step {checkpoint['step']:,} already: ask for more --steps")
+    if not checkpoint:
+        UNet(1, config.size, config.width, config.mults)  # refuses a bad shape before any work
+        check_free(out, config.overwrite)
+        for old in [*out.glob("checkpoint.pt"), *out.glob("step-*.png")]:
+            old.unlink()
     with stop_signals() as caught:
-        step = train(config, checkpoint, parts, lambda: bool(caught))
+        step = train(config, checkpoint, lambda: len(caught) > 0)
     if step < config.steps:
-        command = shlex.join(["python", "flow_matching.py", "train", "--resume", "--out", str(out)])
-        print(f"stopped; go on with: {command}")
+        command = ["python", "flow_matching.py", "train", "--resume", "--out", str(out)]
+        print(f"stopped; go on with: {shlex.join(command)}")
         sys.exit(128 + caught[0])
+
+
+def open_model(command, typed):
+    """All flags of a command, and the velocity, with EMA weights, of its checkpoint."""
+    device, amp = pick_device(typed.get("device"))
+    file = Path(typed.get("ckpt", newest_checkpoint()))
+    checkpoint, velocity = load(file, device)
+    if typed.get("solver", DEFAULTS[command]["solver"]) == "dopri5":
+        amp = "off"  # its error control would chase the rounding
+        if "steps" in typed:
+            raise ValueError("dopri5 chooses its steps: leave out --steps, or take --solver rk4")
+    known = dict(ckpt=str(file), device=device, amp=amp, data_dir=velocity.config.data_dir,
+                 results=str(file.with_name("results.jsonl")))
+    print(f"{file}: step {checkpoint['step']:,}, path {velocity.config.path}, EMA weights")
+    return argparse.Namespace(**DEFAULTS[command] | known | typed), velocity
 
 
 def run_sample(typed):
@@ -1282,28 +1255,26 @@ def run_sample(typed):
       flow_matching.py sample --label 3 --guidance 2      (after train --classes)
     """
     args, velocity = open_model("sample", typed)
-    names = velocity.config.names
+    names, out = velocity.config.names, Path(args.out or Path(args.ckpt).with_name("samples.png"))
     if args.label not in ["", *names]:
         raise ValueError(f"--label {args.label}: this model, of train --classes, knows {names}")
-    out = Path(args.out or Path(args.ckpt).with_name("samples.png"))
     check_free(out, args.overwrite or not args.out)
-    folder = out.parent if out.suffix.lower() == ".png" else out
-    folder.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=folder).close()  # an error now is better than after the work
-    grid, calls, since = [], 0, time.perf_counter()
-    for part, x, nfe in make_images(velocity, args):
-        calls += nfe * len(part)
-        if folder != out:
-            grid.append(to_uint8(x).cpu())
-            continue
-        for i, image in zip(part, to_uint8(x).cpu(), strict=True):
-            label = args.label or names[i % len(names)] if names else ""
-            to_pil_image(image).save(out / f"{i:06d}{label and '-' + label.replace('/', '_')}.png")
-    if grid:
-        columns = (len(names) or 1) * max(1, round(args.n**0.5 / (len(names) or 1)))
-        with atomic(out) as temporary:
-            picture_grid(torch.cat(grid), columns).save(temporary)
-    print(f"{out}: {args.n:,} images, {args.solver}, NFE {calls / args.n:g}, amp {args.amp}, "
+    grid, since, images, nfes = out.suffix.lower() == ".png", time.perf_counter(), [], []
+    marks = [f"-{name}".replace("/", "_") for name in names] or [""]  # of the file names
+    (out.parent if grid else out).mkdir(parents=True, exist_ok=True)
+    for old in [old for mark in marks for old in out.glob("[0-9]" * 6 + f"{mark}.png")]:
+        old.unlink()  # of the run that --overwrite replaces
+    with atomic(out) if grid else contextlib.nullcontext() as temporary:
+        for part, made, nfe in make_images(velocity, args):
+            nfes += [nfe] * len(part)
+            images += [made] if grid else []
+            for i, image in () if grid else zip(part, made, strict=True):
+                mark = marks[names.index(args.label) if args.label else i % len(marks)]
+                to_pil_image(image).save(out / f"{i:06d}{mark}.png")
+        if grid:
+            columns = len(marks) * max(1, round(args.n**0.5 / len(marks)))
+            picture_grid(torch.cat(images), columns).save(temporary)
+    print(f"{out}: {args.n:,} images, {args.solver}, NFE {np.mean(nfes):g}, amp {args.amp}, "
           f"{time.perf_counter() - since:.1f} s")
 
 
@@ -1337,7 +1308,7 @@ def run_fid(typed):
         raise ValueError("--features pixels takes no --inception, nor images of over 4096 numbers")
 
     def fit(npy):
-        parts = (images[part] for part in in_batches(len(images), args.batch, "reference"))
+        parts = (images[part] for part in in_batches(len(images), 1000, "reference"))
         with open(npy, "wb") as f:
             np.save(f, np.vstack(fit_gaussian(parts, features)))
 
@@ -1346,18 +1317,19 @@ def run_fid(typed):
     remarks = ["under 50,000 images: not comparable with papers"] if args.n < 50_000 else []
     if min(args.n, len(images)) <= D:
         remarks.append(f"not more images than {D:,} features: a covariance is singular")
-    append_rows(args.results)  # an error now is better than after the work
-    for steps in args.steps:
-        calls, since = [], time.perf_counter()
-        one = argparse.Namespace(**vars(args) | dict(steps=steps))
-        made = (calls.append(nfe * len(part)) or to_uint8(x)
-                for part, x, nfe in make_images(velocity, one))
-        distance = frechet_distance(*fit_gaussian(made, features), mean, np.array(cov))
-        row = dict(frechet_distance=distance, nfe=sum(calls) / args.n, n_reference=len(images),
-                   seconds=time.perf_counter() - since)
-        append_rows(args.results, vars(one) | row)
-        print(f"{title} {distance:.4f}: {args.n:,} images by {args.solver}, NFE {row['nfe']:g}, "
-              f"against {len(images):,} of {name}, {row['seconds']:.1f} s", *remarks, sep="\n  ")
+    with open(args.results, "a", buffering=1) as results:
+        for steps in args.steps:
+            nfes, since = [], time.perf_counter()
+            one = argparse.Namespace(**vars(args) | dict(steps=steps))
+            made = (nfes.append(nfe * len(part)) or x
+                    for part, x, nfe in make_images(velocity, one))
+            distance = frechet_distance(*fit_gaussian(made, features), mean, np.array(cov))
+            row = dict(frechet_distance=distance, nfe=sum(nfes) / args.n,
+                       n_reference=len(images), seconds=time.perf_counter() - since)
+            print(json.dumps(vars(one) | row), file=results)
+            print(f"{title} {distance:.4f}: {args.n:,} images by {args.solver}, NFE {row['nfe']:g},"
+                  f" against {len(images):,} of {name}, {row['seconds']:.1f} s", *remarks,
+                  sep="\n  ")
 
 
 def run_nll(typed):
@@ -1377,25 +1349,30 @@ def run_nll(typed):
     images, name = load_reference(args, config, "test" if has_test else "train")
     n, K, shape = min(args.n, len(images)), args.k, images.shape[1:]
     chosen = np.random.default_rng(args.seed).permutation(len(images))[:n]
-    draw = lambda *key: np.random.default_rng((args.seed, *key)).random(shape, np.float32)
-    append_rows(args.results)  # an error now is better than after the work
-    log_p, calls, since = [], 0, time.perf_counter()
-    for part in in_batches(n * K, args.batch, "densities"):
-        u = np.stack([draw(*divmod(j, K), 1) for j in part])
-        x = (images[chosen[np.array(part) // K]] + torch.from_numpy(u)) / 128 - 1
-        # the same signs for all K: their errors would otherwise bias the mean over draws upwards
-        signs = np.stack([np.where(draw(j // K, 0, 2) < 0.5, -1, 1) for j in part])
-        probes = None if args.exact else [torch.from_numpy(signs).to(args.device, torch.float32)]
-        one, nfe = log_likelihood(velocity, x.to(args.device), PATHS[config.path], probes,
-                                  solver=args.solver, steps=args.steps, tolerance=args.tolerance)
-        log_p.append(one.cpu().double())
-        calls += nfe * len(part)
-    bits = bits_per_dim(torch.cat(log_p).reshape(n, K), math.prod(shape))
-    row = dict(bits_per_dim=bits.mean().item(), standard_error=bits.std().item() / n**0.5, n=n,
-               nfe=calls / (n * K), seconds=time.perf_counter() - since)
-    append_rows(args.results, vars(args) | row)
-    print(f"{row['bits_per_dim']:.4f} ± {row['standard_error']:.4f} bits/dim: {n:,} images of "
-          f"{name}, K = {K}, {'exact' if args.exact else 'Hutchinson'} divergence, {args.solver}, "
+
+    def draw(j, stream):
+        return np.random.default_rng((args.seed, j, stream)).random(shape, np.float32)
+
+    log_p, nfes, since = [], [], time.perf_counter()
+    with open(args.results, "a") as results:
+        for part in in_batches(n * K, args.batch, "densities"):
+            u = torch.from_numpy(np.stack([draw(j, 1) for j in part]))
+            x = (images[chosen[np.array(part) // K]] + u) / 128 - 1
+            # one draw of signs for all K: their errors would bias the mean over draws upwards
+            signs = np.stack([np.where(draw(j // K, 2) < 0.5, -1, 1) for j in part])
+            probes = [torch.from_numpy(signs).to(args.device, torch.float32)]
+            one, nfe = log_likelihood(velocity, x.to(args.device), PATHS[config.path],
+                                      None if args.exact else probes, solver=args.solver,
+                                      steps=args.steps, tolerance=args.tolerance)
+            log_p.append(one.cpu().double())
+            nfes += [nfe] * len(part)
+        bits = bits_per_dim(torch.cat(log_p).reshape(n, K), math.prod(shape))
+        mean, error = bits.mean().item(), bits.std().item() / n**0.5
+        row = dict(bits_per_dim=mean, standard_error=error, n=n, nfe=np.mean(nfes),
+                   seconds=time.perf_counter() - since)
+        print(json.dumps(vars(args) | row), file=results)
+    print(f"{mean:.4f} ± {error:.4f} bits/dim: {n:,} images of {name}, K = {K}, "
+          f"{'exact' if args.exact else 'Hutchinson'} divergence, {args.solver}, "
           f"NFE {row['nfe']:g}, {row['seconds']:.1f} s")
 
 
