@@ -13,8 +13,15 @@ B, C, H, W are batch, channels, height and width; images are in [-1, 1].  §1-§
 Each of §1-§7, pasted with the imports and the sections that its title needs, runs.
 
     python flow_matching.py train --path ot
-    python flow_matching.py sample --steps 20      (then fid, nll, paths: --help has examples)
+    python flow_matching.py train --data photos/ --size 64 --out runs/photos
     torchrun --nproc_per_node=8 flow_matching.py train --data cifar10 --batch 1024
+    python flow_matching.py train --resume
+    python flow_matching.py sample --steps 20
+    python flow_matching.py sample --n 10000 --out images/
+    python flow_matching.py sample --label 3 --guidance 2       (after train --classes)
+    python flow_matching.py fid --features pixels --n 2000 --solver euler --steps 5,10,20,50
+    python flow_matching.py nll --n 1000 --k 50 --reference train
+    python flow_matching.py paths
 """
 
 import argparse
@@ -23,11 +30,12 @@ import copy
 import functools
 import glob
 import hashlib
-import inspect
 import io
+import itertools
 import json
 import math
 import os
+import re
 import shlex
 import signal
 import sys
@@ -52,7 +60,7 @@ from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_imag
 
 # §1  Probability paths  (paper: Sections 3 and 4) -----------------------------------------------
 # A path takes times t: (B,) in [0, 1] and returns α, σ, α', σ', each (B,).  It means
-#     p_t(x | x_1) = N(x; α x_1, σ² I)         x_t = ψ_t(x_0) = α x_1 + σ x_0,  x_0 ~ N(0, I).
+#     p_t(x | x_1) = N(x; α x_1, σ² I),        x_t = ψ_t(x_0) = α x_1 + σ x_0 with x_0 ~ N(0, I).
 
 
 def ot_path(t, sigma_min=1e-4):
@@ -114,9 +122,9 @@ def marginal_velocity(path, x, t, means, tau=0.0):
 def cfm_loss(v, path, x_1, x_0=None, t=None, weight=1.0):
     """Conditional flow matching, Eq. 14: mean ‖v(x_t, t) − u_t(x_t | x_1)‖² per element.
 
-    v: callable (x, t) -> velocity, x_1: (B, ...) data.  x_0 ~ N(0, I) and t ~ U[0, 1] are drawn
-    unless given.  weight: (B,), 1 in the paper.  By Eq. 13, u is the time derivative of ψ_t(x_0):
-    it never divides by σ.  Raises ValueError for a velocity of another shape than x_1.
+    v: callable (x, t) -> velocity, x_1: (B, ...) data; x_0 ~ N(0, I) and t ~ U[0, 1] are drawn
+    unless given; weight: (B,), 1 in the paper.  u is taken from Eq. 13, the time derivative of
+    ψ_t(x_0), which never divides by σ.  Raises ValueError for a velocity of another shape than u.
     """
     x_0 = torch.randn_like(x_1) if x_0 is None else x_0
     if t is None:  # in float32: a draw that is cast to bf16 is exactly 1.0 once in 500
@@ -254,8 +262,8 @@ def log_likelihood(v, x_1, path=ot_path, probes=None, **solver):
 def bits_per_dim(log_p, D):
     """−log2 P(image) / D of images of 256 levels: (B,).
 
-    log_p: (B, K), nats, log p_1 of K draws of x = (k + u)/128 − 1 for levels k and u ~ U[0, 1).
-    Its mean is an upper bound that K tightens.  A level is 1/128 wide in x: 7 = log2 128 bits.
+    log_p: (B, K), nats, log p_1 of K draws of x = (k + u)/128 − 1 for levels k and u ~ U[0, 1),
+    whose mean is an upper bound that K tightens.  A level is 1/128 wide: 7 = log2 128 bits.
     """
     return 7 - (log_p.logsumexp(1) - math.log(log_p.shape[1])) / (D * math.log(2))
 
@@ -374,35 +382,27 @@ class UNet(nn.Module):
             raise ValueError("width must be a multiple of 4; mults and blocks at least 1")
         self.width, self.classes, self.divisor = width, classes, 2 ** (len(mults) - 1)
         self.check_size(size, size)
-        emb_dim = 2 * width
+        emb_dim, widths = 2 * width, [m * width for m in mults]
         self.time = nn.Sequential(nn.Linear(width, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
         self.label = nn.Embedding(classes + 1, emb_dim) if classes else None
 
         block = functools.partial(ResBlock, emb_dim=emb_dim, dropout=dropout)
-        attends = [size // 2**i in attention for i in range(len(mults))]
-        self.stem = nn.Conv2d(channels, width, 3, padding=1)
-        self.down, self.up = nn.ModuleList(), nn.ModuleList()  # the blocks of each level
-        self.shrink, self.grow = nn.ModuleList(), nn.ModuleList()  # between levels i and i + 1
-        c, skips = width, [width]  # channels now, and of every output that the way up sees again
-        for i, m in enumerate(mults):
-            if i > 0:
-                self.shrink.append(nn.Conv2d(c, c, 3, stride=2, padding=1))
-                skips.append(c)
-            self.down.append(nn.ModuleList())
-            for _ in range(blocks):
-                self.down[i].append(block(c, m * width, attention=attends[i]))
-                c = m * width
-                skips.append(c)
+        self.enter, self.down = nn.ModuleList(), nn.ModuleList()  # level by level, finest first
+        self.up, self.leave = nn.ModuleList(), nn.ModuleList()  # the same levels
+        for i, c in enumerate(widths):
+            attend = size // 2**i in attention
+            above, below = [width, *widths][i], [*widths, c][i + 1]  # channels of the neighbours
+            halve = nn.Conv2d(above, above, 3, stride=2, padding=1)
+            self.enter.append(halve if i > 0 else nn.Conv2d(channels, width, 3, padding=1))
+            inputs = [above] + [c] * (blocks - 1)
+            self.down.append(nn.ModuleList(block(n, c, attention=attend) for n in inputs))
+            inputs = [below + c] + [c + c] * (blocks - 1) + [c + above]  # with what was skipped
+            self.up.append(nn.ModuleList(block(n, c, attention=attend) for n in inputs))
+            double = nn.Sequential(nn.Upsample(scale_factor=2.0), nn.Conv2d(c, c, 3, padding=1))
+            self.leave.append(double if i > 0 else nn.Identity())
         self.middle1, self.middle2 = block(c, c, attention=any(attention)), block(c, c)
-        for i, m in reversed(list(enumerate(mults))):
-            self.up.insert(0, nn.ModuleList())
-            for _ in range(blocks + 1):
-                self.up[0].append(block(c + skips.pop(), m * width, attention=attends[i]))
-                c = m * width
-            if i > 0:
-                self.grow.insert(0, nn.Conv2d(c, c, 3, padding=1))
-        self.out_norm = group_norm(c)
-        self.out = zero_(nn.Conv2d(c, channels, 3, padding=1))
+        self.out_norm = group_norm(width * mults[0])
+        self.out = zero_(nn.Conv2d(width * mults[0], channels, 3, padding=1))
 
     def check_size(self, H, W):
         if H % self.divisor or W % self.divisor:
@@ -414,22 +414,18 @@ class UNet(nn.Module):
         if self.label is not None:
             y = torch.full_like(t, self.classes, dtype=torch.long) if y is None else y
             emb = emb + self.label(y)
-        emb = F.silu(emb)
-        h = self.stem(x)
-        skips = [h]
-        for i, level in enumerate(self.down):
-            if i > 0:
-                h = self.shrink[i - 1](h)
-                skips.append(h)
+        emb, h, skips = F.silu(emb), x, []
+        for enter, level in zip(self.enter, self.down, strict=True):
+            h = enter(h)
+            skips.append(h)
             for block in level:
                 h = block(h, emb)
                 skips.append(h)
         h = self.middle2(self.middle1(h, emb), emb)
-        for i, level in reversed(list(enumerate(self.up))):
+        for leave, level in reversed([*zip(self.leave, self.up, strict=True)]):
             for block in level:
                 h = block(torch.cat([h, skips.pop()], 1), emb)
-            if i > 0:
-                h = self.grow[i - 1](F.interpolate(h, scale_factor=2.0))
+            h = leave(h)
         return self.out(F.silu(self.out_norm(h)))
 
 
@@ -488,7 +484,7 @@ def inception(file="", device="cpu"):
 
     file: its weights as pytorch-fid ported them; "" downloads them (96 MB) to torch's hub cache.
     Returns a callable: uint8 (B, C, H, W), C = 1 or 3, on any device -> float32 (B, 2048).
-    Raises ValueError for other weights, and if they cannot be downloaded.
+    Raises ValueError without the right weights.
     """
     cache = Path(torch.hub.get_dir(), "checkpoints", Path(INCEPTION_URL).name)
     try:
@@ -511,9 +507,11 @@ def inception(file="", device="cpu"):
         block.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
         block.branch_pool.register_forward_pre_hook(lambda _, x: (pool(seen.pop()),))
 
-    average, largest = nn.AvgPool2d(3, 1, 1, count_include_pad=False), nn.MaxPool2d(3, 1, 1)
-    for block in (block for block in net.children() if hasattr(block, "branch_pool")):
-        pool_by(largest if block is net.Mixed_7c else average, block)
+    for block in net.children():
+        if block is net.Mixed_7c:
+            pool_by(nn.MaxPool2d(3, 1, 1), block)
+        elif hasattr(block, "branch_pool"):
+            pool_by(nn.AvgPool2d(3, 1, 1, count_include_pad=False), block)
 
     def features(images):
         x = resize_as_tensorflow_1(images.to(device).float()).expand(-1, 3, -1, -1)
@@ -565,95 +563,81 @@ PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # image generators store megabytes of tex
 def draw_digits(n, size, seed=0):
     """n grey digits in Pillow's own font, each scaled, slanted, rotated, moved and thickened."""
     rng, big = np.random.default_rng(seed), 4 * size  # drawn large, then averaged: smooth edges
-    labels, strokes = rng.integers(10, size=n), rng.integers(1 + size // 8, size=n)
-    angle, slant, scale = rng.normal(0, 0.08, n), rng.normal(0, 0.1, n), rng.uniform(0.9, 1.1, n)
-    cos, sin, (x, y) = np.cos(angle), np.sin(angle), rng.normal(0, 0.04, (2, n))
-    maps = np.stack([cos, sin + slant, x, -sin, cos, y], 1) / scale[:, None]  # pixel to its source
-    maps, font = torch.from_numpy(maps).float().reshape(n, 2, 3), ImageFont.load_default(big)
-    images = torch.empty(n, 1, size, size, dtype=torch.uint8)
+    labels, strokes = rng.integers([[10], [1 + size // 8]], size=(2, n))
+    angle, slant, x, y = rng.normal(0, [[0.08], [0.1], [0.04], [0.04]], (4, n))
+    cos, sin, scale = np.cos(angle), np.sin(angle), rng.uniform(0.9, 1.1, n)
+    maps = np.array([[cos, sin + slant, x], [-sin, cos, y]]) / scale  # from a pixel to its source
+    images, font = np.empty((n, 1, size, size), np.uint8), ImageFont.load_default(big)
     for digit, stroke in sorted({*zip(labels.tolist(), strokes.tolist(), strict=True)}):
-        canvas = Image.new("L", (big, big))
-        draw, middle = ImageDraw.Draw(canvas), (big / 2, big / 2)
-        draw.text(middle, str(digit), 255, font, anchor="mm", stroke_width=stroke)
+        canvas, middle = Image.new("L", (big, big)), (big / 2, big / 2)
+        ImageDraw.Draw(canvas).text(middle, str(digit), 255, font, "mm", stroke_width=stroke)
         glyph = F.avg_pool2d(pil_to_tensor(canvas)[None].float(), 5, stride=1, padding=2)
-        rows = np.flatnonzero((labels == digit) & (strokes == stroke))
-        grid = F.affine_grid(maps[rows], (len(rows), 1, size, size), align_corners=False)
-        glyphs = glyph.expand(len(rows), -1, -1, -1)
-        images[rows] = F.grid_sample(glyphs, grid, align_corners=False).round().byte()
-    return images, torch.from_numpy(labels), list("0123456789")
+        mine = np.flatnonzero((labels == digit) & (strokes == stroke))
+        theta = torch.tensor(maps[:, :, mine], dtype=torch.float32).permute(2, 0, 1)
+        grid = F.affine_grid(theta, (len(mine), 1, size, size), align_corners=False)
+        glyphs = glyph.expand(len(mine), -1, -1, -1)
+        images[mine] = F.grid_sample(glyphs, grid, align_corners=False).round().byte()
+    return torch.from_numpy(images), torch.from_numpy(labels), list("0123456789")
 
 
-def decode(file, size, mode):
-    """One image file, upright, its central square at size x size: uint8 (C, size, size)."""
-    with Image.open(file) as image:
-        if image.mode == "F" or image.mode == "I" and image.format != "PNG":  # a PNG's are 16 bits
-            raise ValueError(f"pixels of mode {image.mode} may mean any range of grey")
-        image = ImageOps.exif_transpose(image)
+def decode(file, size, mode, bad):
+    """One image file, upright, its central square at size x size: bytes in the order (C, H, W)."""
+    try:
+        with Image.open(file) as image:
+            if image.mode == "F" or image.mode == "I" and image.format != "PNG":  # there, 16 bits
+                raise ValueError(f"pixels of mode {image.mode} may mean any range of grey")
+            image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits: Pillow would clip them, not scale
             image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = ImageOps.fit(image.convert(mode), (size, size), Image.LANCZOS)
-        return np.atleast_3d(image).transpose(2, 0, 1)
+        image = ImageOps.fit(image.convert("RGBA"), (size, size), Image.LANCZOS)
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image).convert(mode)
+        return np.atleast_3d(image).transpose(2, 0, 1).tobytes()
+    except Exception as error:  # Pillow raises a dozen kinds
+        bad.append(f"{file}: {error}")
+        return b""
 
 
-def decode_all(files, size, npy):
-    """Decode files into one .npy file: uint8 (N, C, size, size), grey if all of them are."""
-    bad = set()
-
-    def attempt(read, *args):
-        try:
-            return read(*args)
-        except Exception as error:  # Pillow raises a dozen kinds
-            bad.add(f"{args[0]}: {error}")
-            return b""
-
-    def has_colour(file):
-        with Image.open(file) as image:
-            return Image.getmodebase(image.mode) == "RGB"
-
-    mode = "RGB" if any(attempt(has_colour, file) for file in files) else "L"
-    header = dict(descr="|u1", fortran_order=False, shape=(len(files), len(mode), size, size))
-    with ThreadPoolExecutor() as pool, open(npy, "wb") as f:
-        np.lib.format.write_array_header_1_0(f, header)
-        for part in in_batches(len(files), 256, "decoding "):
-            for image in pool.map(lambda i: attempt(decode, files[i], size, mode), part):
-                f.write(bytes(image))
+def decode_all(files, size, f):
+    """Decode files into an open .npy file: uint8 (N, C, size, size), grey if all of them are."""
+    bad, mode = [], "L"
+    for file in files:
+        with contextlib.suppress(Exception), Image.open(file) as image:
+            mode = "RGB" if Image.getmodebase(image.mode) == "RGB" else mode
+    shape = (len(files), len(mode), size, size)
+    np.lib.format.write_array_header_1_0(f, dict(descr="|u1", fortran_order=False, shape=shape))
+    with ThreadPoolExecutor() as pool:
+        for part in in_batches(len(files), 256, "decoding"):
+            f.writelines(pool.map(lambda i: decode(files[i], size, mode, bad), part))
     if bad:
         raise ValueError(f"{len(bad)} files do not decode as images: {'; '.join(sorted(bad))}")
 
 
 def load_folder(folder, data_dir, size):
-    """All images below a folder; its subfolders are the classes, an image beside them has none.
-
-    They are decoded once, into a memory-mapped array in data_dir that need not fit in memory.
-    Links are followed, hidden names skipped, other files told.
-    """
-    root, endings = Path(folder).resolve(), {*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif"}
-    found = sorted(map(Path, glob.glob(f"{glob.escape(str(root))}/**/*", recursive=True)))
-    for path in found:
-        circle = path.is_symlink() and root.is_relative_to(path.resolve())
+    """All images below a folder: its subfolders are the classes, len(names) is beside them."""
+    kinds = {*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif", ".avif", ".heic", ".heif"}
+    root, files, others = Path(folder).resolve(), {}, []
+    for name in glob.iglob("**/*", root_dir=root, recursive=True):
+        path = root / name
+        circle = path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve())
         if circle or not os.access(path, os.R_OK):
             raise ValueError(f"{path} is a broken link, a link in a circle, or not to be read")
-    files = [path for path in found if path.suffix.lower() in endings]
-    others = [path.suffix or path.name for path in {*found} - {*files} if not path.is_dir()]
-    if {".heic", ".heif", ".avif"} & {end.lower() for end in others}:
-        raise ValueError(f"{folder} has images of a kind that is not read, as .heic: convert them")
+        if path.suffix.lower() in kinds:
+            files[path] = unicodedata.normalize("NFC", os.path.dirname(name)).split(os.sep)[0]
+        elif not path.is_dir():
+            others.append(path.suffix or name)
     if others:
         print(folder, "left out:", *(f"{others.count(end):,} {end}" for end in sorted({*others})))
     if not files:
         raise ValueError(f"{folder} is no folder with images, nor digits, {', '.join(TORCHVISION)}")
-    parts = [unicodedata.normalize("NFC", str(f.relative_to(root))).split(os.sep) for f in files]
-    names = sorted({p[0] for p in parts if len(p) > 1})
+    files, names = dict(sorted(files.items())), sorted({*files.values()} - {""})
     if "train" in names and {*names} <= {"train", "val", "valid", "validation", "test"}:
         raise ValueError(f"{folder} holds splits, not classes: name one, as {root / 'train'}")
-    index = {name: i for i, name in enumerate(names)}
-    labels = torch.tensor([index[p[0]] if len(p) > 1 else len(names) for p in parts])
-    stamps = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    key = hashlib.sha256(repr(stamps).encode()).hexdigest()[:16]  # of the resolved paths
-    npy = Path(data_dir, f"{root.name}-{size}-{key}.npy")
-    array = cached(npy, functools.partial(decode_all, files, size), (len(files), size))
+    index = {name: i for i, name in enumerate([*names, ""])}
+    labels = torch.tensor([index[name] for name in files.values()])
+    content = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    array = cached(data_dir, f"{root.name}-{size}", repr(content).encode(), (len(files), size),
+                   functools.partial(decode_all, [*files], size))
     return torch.from_numpy(array), labels, names
 
 
@@ -661,19 +645,19 @@ def load_data(name, data_dir, size, test=False):
     """The data of a --data argument, downloaded if need be; test: those kept from training."""
     if name == "digits":
         return draw_digits(20_000, size, seed=int(test))
+    if name not in TORCHVISION and test:
+        raise ValueError(f"the folder {name} has no test split: name a folder instead")
     if name not in TORCHVISION:
-        if test:
-            raise ValueError(f"the folder {name} has no test split: name a folder instead")
         return load_folder(name, data_dir, size)
     try:
         data = TORCHVISION[name](data_dir, train=not test, download=True)
     except (OSError, RuntimeError, AssertionError, ValueError) as error:
         raise ValueError(f"{name} is not whole in {data_dir} nor downloaded ({error}): name "
                          "its folder with --data-dir, or use --data digits") from None
-    images, labels = torch.as_tensor(data.data), torch.as_tensor(data.targets)
+    images = torch.as_tensor(data.data)
     images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)
-    parts = [resize(part, [size, size]) for part in images.split(1000)]  # bounded memory
-    return torch.cat(parts).contiguous(), labels, data.classes
+    images = torch.cat([resize(part, [size, size]) for part in images.split(1000)])
+    return images.contiguous(), torch.as_tensor(data.targets), data.classes
 
 
 def to_float(images):
@@ -692,31 +676,27 @@ def picture_grid(images, columns):
     return ImageOps.scale(grid, max(1, 768 // grid.width), Image.NEAREST)
 
 
-def progress(done, total, since, begun=0):
-    """A line of progress, since the clock read `since` and `begun` things were done."""
-    rate = max(1, done - begun) / (time.perf_counter() - since)
-    left = timedelta(seconds=int((total - done) / rate))
-    return f"{done:,}/{total:,}  {rate:,.1f}/s  {left} left"
-
-
 def in_batches(n, batch, what):
     """0..n − 1 in ranges of `batch`, with a line of progress after each."""
     since = time.perf_counter()
     for i in range(0, n, batch):
-        yield range(i, min(i + batch, n))
-        print(f"\r{what} {progress(min(i + batch, n), n, since)} ", end="", flush=True)
+        part = range(n)[i : i + batch]
+        yield part
+        rate = part.stop / (time.perf_counter() - since)
+        left = timedelta(seconds=int((n - part.stop) / rate))
+        print(f"\r{what} {part.stop:,}/{n:,}  {rate:,.1f}/s  {left} left ", end="", flush=True)
     print()
 
 
 @contextlib.contextmanager
 def atomic(file):
-    """A temporary name; what the block writes there becomes the file: whole, or untouched."""
+    """An open file that replaces `file` when the block ends: whole, or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(f"tmp-{os.urandom(4).hex()}-{file.name}")
-    temporary.touch()  # what cannot be written is said before the work, not after it
     try:
-        yield temporary
-        with open(temporary, "rb+") as f:
+        with open(temporary, "wb") as f:
+            yield f
+            f.flush()
             os.fsync(f.fileno())
         for seconds in (0.2, 1, 4):  # Windows keeps a file that a viewer has open
             with contextlib.suppress(PermissionError):
@@ -725,23 +705,24 @@ def atomic(file):
         os.replace(temporary, file)
     finally:
         with contextlib.suppress(OSError):  # which would hide the error that led here
-            temporary.unlink(missing_ok=True)
+            temporary.unlink()
 
 
-def cached(npy, make, ends):
-    """The memory-mapped array of a .npy file; make(temporary) writes it unless it is there, whole.
+def cached(data_dir, name, content, ends, make):
+    """The memory-mapped array that make(f) writes into an open .npy file, once per content.
 
-    ends: the first and the last length of the array.
+    ends: its first and last length; a file that is damaged or of another shape is made again.
     """
-    for old in npy.parent.glob("tmp-*"):
+    for old in Path(data_dir).glob("tmp-*"):
         if time.time() - old.stat().st_mtime > 86400:  # of a process that was killed
             old.unlink(missing_ok=True)
-    with contextlib.suppress(OSError, ValueError, EOFError):
+    npy = Path(data_dir, f"{name}-{hashlib.sha256(content).hexdigest()[:16]}.npy")
+    with contextlib.suppress(OSError, ValueError, EOFError, IndexError):
         array = np.load(npy, mmap_mode="c")
         if (array.shape[0], array.shape[-1]) == ends:
             return array
-    with atomic(npy) as temporary:
-        make(temporary)
+    with atomic(npy) as f:
+        make(f)
     return np.load(npy, mmap_mode="c")
 
 
@@ -765,35 +746,28 @@ RECIPES = {  # what a data set changes in them
 }
 SAMPLE = dict(ckpt="", n=64, label="", guidance=1.0, solver="midpoint", steps=20, tolerance=1e-5,
               seed=0, batch=128, device="", amp="")
+AMP = dict(bf16=torch.bfloat16, fp16=torch.float16)  # mixed precision: the type of matrix work
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum made orthogonal, for convolutions (K. Jordan, kellerjordan.github.io/posts/muon).
 
-    The momentum of a k x k kernel is a matrix (c_out, k² c_in) = U S Vᵀ; the step is about U Vᵀ,
-    so that weak directions are learnt as fast as strong ones, scaled to the RMS of AdamW's steps,
-    0.2 (arXiv 2502.16982).  Kernels of one shape step together.
+    Of the momentum U S Vᵀ of a kernel, as a matrix, it steps by about U Vᵀ: weak directions learn
+    as fast as strong ones.  A group holds kernels of one shape, which step together.
     """
-
-    def __init__(self, kernels, lr=5e-3):
-        shapes = sorted({kernel.shape for kernel in kernels})
-        groups = [dict(params=[k for k in kernels if k.shape == shape]) for shape in shapes]
-        super().__init__(groups, dict(lr=lr))
 
     @torch.no_grad()
     def step(self):
-        for group in self.param_groups:
-            kernels = group["params"]
+        for kernels, lr in ((group["params"], group["lr"]) for group in self.param_groups):
             G = torch.stack([kernel.grad for kernel in kernels]).flatten(2)  # (n, c_out, k² c_in)
-            state = self.state[kernels[0]]
-            momentum = state.setdefault("momentum", torch.zeros_like(G)).lerp_(G, 0.1)
-            X = G.lerp(momentum, 0.9)  # Nesterov's look ahead
+            momentum = self.state[kernels[0]].setdefault("momentum", torch.zeros_like(G))
+            X = G.lerp(momentum.lerp_(G, 0.1), 0.9)  # Nesterov's look ahead
             X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-12)
             for _ in range(3):  # Newton-Schulz: an odd polynomial leads the singular values that
                 A = X @ X.mT  # are above 2% of the norm to between 0.68 and 1.21
                 X = 3.4445 * X + (2.0315 * A @ A - 4.7750 * A) @ X
-            size = group["lr"] * 0.2 * max(X.shape[1:]) ** 0.5
-            torch._foreach_sub_(kernels, list((size * X).view(-1, *kernels[0].shape)))
+            X = lr * 0.2 * max(X.shape[1:]) ** 0.5 * X  # AdamW's RMS is 0.2: arXiv 2502.16982
+            torch._foreach_sub_(kernels, list(X.view(-1, *kernels[0].shape)))
 
 
 def draw_batch(images, labels, config, step, device):
@@ -817,14 +791,16 @@ def draw_batch(images, labels, config, step, device):
 def build(config, device, checkpoint=None):
     """What a config describes and a checkpoint keeps, by name; with the state that it keeps."""
     torch.manual_seed(config.seed)
-    model, hidden, others = Velocity(config).to(device), [], []
+    layout = torch.contiguous_format if device == "mps" else torch.channels_last  # 7% faster
+    model, others, kernels = Velocity(config).to(device, memory_format=layout), [], {}
     for p in model.parameters():
         muon = config.optimizer == "muon" and p.dim() == 4 and min(p.shape[:2]) >= 16
-        (hidden if muon else others).append(p)
+        (kernels.setdefault(p.shape, []) if muon else others).append(p)
     parts = dict(model=model, ema=copy.deepcopy(model).eval().requires_grad_(False),
                  adamw=torch.optim.AdamW(others, weight_decay=0, fused=True),
                  scaler=torch.amp.GradScaler(device, enabled=config.amp == "fp16"))
-    parts |= dict(muon=Muon(hidden)) if hidden else {}
+    if kernels:
+        parts["muon"] = Muon([dict(params=group) for group in kernels.values()], dict(lr=0.0))
     for name, part in parts.items() if checkpoint else ():
         if name != "scaler" or checkpoint[name]:  # {} unless the run was in fp16
             part.load_state_dict(checkpoint[name])
@@ -832,16 +808,13 @@ def build(config, device, checkpoint=None):
 
 
 def load(file, device="cpu"):
-    """What save() wrote, a dict, and its velocity with the EMA weights.
-
-    weights_only: a hostile file cannot run code.  Raises ValueError for a damaged or other file.
-    """
+    """The dict that save() wrote, and its velocity with EMA weights; ValueError if damaged."""
     if not Path(file).is_file():
         raise ValueError(f"there is no checkpoint {file}: train first, or name another")
     try:
         if damaged := zipfile.ZipFile(file).testzip():  # torch.load does not check the sums
             raise ValueError(f"damaged at {damaged}")
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)  # runs no code
         check_flags({k: checkpoint["config"][k] for k in TRAIN} | dict(steps=checkpoint["step"]))
         ema = build(argparse.Namespace(**checkpoint["config"]), device, checkpoint)["ema"]
         if not all(p.isfinite().all() for p in ema.parameters()):
@@ -852,66 +825,92 @@ def load(file, device="cpu"):
     return checkpoint, ema
 
 
-def make_images(velocity, args):
-    """Images of the noises 0..n − 1 of a seed, in batches: yields indices, uint8 images, NFE.
+def make_images(velocity, args, nfes):
+    """Images of the noises 0..n − 1 of a seed: yields uint8 batches, adds the NFE of each to nfes.
 
     args: all of SAMPLE.  With classes, image i is of args.label, or of class i mod K.
     """
-    config, solver = velocity.config, {k: vars(args)[k] for k in ("solver", "steps", "tolerance")}
-    if args.guidance != 1 and not (config.names and config.label_drop):
+    config, names, device = velocity.config, velocity.config.names, args.device
+    if args.label not in ["", *names]:
+        raise ValueError(f"--label {args.label}: this model, of --classes, knows {names}")
+    if args.guidance != 1 and not (names and config.label_drop):
         raise ValueError("--guidance needs a model trained with --classes and a --label-drop")
-    classes = [config.names.index(args.label)] if args.label else range(len(config.names))
+    classes = [names.index(args.label)] if args.label else range(len(names))
     for part in in_batches(args.n, args.batch, "images"):
         noise = draw_noise(args.seed, part, (config.channels, config.size, config.size))
-        y = torch.tensor([classes[i % len(classes)] for i in part]) if classes else None
-        v = guided(velocity, y if y is None else y.to(args.device), args.guidance)
-        with autocast(args.device, args.amp):
-            x, nfe = sample(v, noise.to(args.device), PATHS[config.path], **solver)
-        yield part, to_uint8(x).cpu(), nfe * (1 if args.guidance == 1 else 2)
+        y = torch.tensor([classes[i % len(classes)] for i in part]).to(device) if names else None
+        with torch.autocast(device, AMP.get(args.amp), enabled=args.amp in AMP):
+            x, nfe = sample(guided(velocity, y, args.guidance), noise.to(device),
+                            PATHS[config.path], solver=args.solver, steps=args.steps,
+                            tolerance=args.tolerance)
+        nfes += [nfe * (1 if args.guidance == 1 else 2)] * len(part)
+        yield to_uint8(x).cpu()
 
 
 def save(config, step, parts, log, grid):
     """In config.out: a grid of samples of the EMA weights, if one is due, then the checkpoint."""
     if grid:  # first: weights that are not finite stop here, unsaved
         args = argparse.Namespace(**SAMPLE | dict(device=config.device))
-        images = torch.cat([x for _, x, _ in make_images(parts["ema"], args)])
-        with atomic(Path(config.out, f"step-{step:06d}.png")) as temporary:
-            picture_grid(images, 8).save(temporary)
+        with contextlib.redirect_stdout(io.StringIO()):
+            images = torch.cat([*make_images(parts["ema"], args, [])])
+        with atomic(Path(config.out, f"step-{step:06d}.png")) as f:
+            picture_grid(images, 8).save(f)
     checkpoint = {name: part.state_dict() for name, part in parts.items()}
-    with atomic(Path(config.out, "checkpoint.pt")) as temporary:
-        try:
-            torch.save(checkpoint | dict(step=step, config=vars(config), log=log), temporary)
-        except RuntimeError as error:  # what torch makes of a full disk
-            raise OSError(f"{config.out}: is the disk full? ({error})") from None
+    with atomic(Path(config.out, "checkpoint.pt")) as f:
+        torch.save(checkpoint | dict(step=step, config=vars(config), log=log), f)
 
 
-def autocast(device, amp):
-    """Mixed precision: matrix work in bf16 or fp16, or everything in float32, "off"."""
-    dtype = torch.float16 if amp == "fp16" else torch.bfloat16
-    return torch.autocast(device, dtype, enabled=amp in ("bf16", "fp16"))
+def compiled(model, device):
+    """The model through torch.compile, if that works here; else as it is, and a line says why."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
+        return torch.compile(model)
+    except Exception as error:  # no compiler, no Python.h, no Triton, ...
+        print("not compiled:", " ".join(f"{type(error).__name__}: {error}".split())[:150])
+        return model
 
 
 def start_ranks(device):
     """rank, world size, device; under torchrun each process drives one GPU, or a CPU share."""
     if "RANK" not in os.environ:
         return 0, 1, torch.device(device)
-    backend = "gloo"
+    backend, gpu = "gloo", None
     if device == "cuda":
-        device, backend = f"cuda:{os.environ.get('LOCAL_RANK', '0')}", "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(device)
-    dist.init_process_group(backend, timeout=timedelta(hours=2))  # others wait for a long decode
+        backend, gpu = "cpu:gloo,cuda:nccl", torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(gpu)
+    wait = timedelta(hours=2)  # for the long decoding of another rank
+    dist.init_process_group(backend, timeout=wait, device_id=gpu)
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")  # rank 0 speaks
-    return dist.get_rank(), dist.get_world_size(), torch.device(device)
+    return dist.get_rank(), dist.get_world_size(), gpu or torch.device(device)
 
 
-def train(config, checkpoint=None, stop=lambda: False):
-    """Train by a config, leaving checkpoint.pt, log.jsonl and grids of samples in config.out.
+@torch.no_grad()
+def update(parts, config, step):
+    """One step of both optimizers along the clipped gradient, and of the EMA; returns its norm."""
+    velocity, scaler = parts["model"], parts["scaler"]
+    optimizers = [parts[name] for name in ("adamw", "muon") if name in parts]
+    fall = 1 - (step - 1) / config.steps  # 0 would be the step after the last
+    for optimizer in optimizers:
+        scaler.unscale_(optimizer)  # before clipping
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * fall * min(1, step / max(1, config.warmup))
+    norm = nn.utils.clip_grad_norm_(velocity.parameters(), config.clip)
+    if not scaler.is_enabled() or norm.isfinite():  # fp16 skips an overflow
+        for optimizer in optimizers:
+            optimizer.step()
+    scaler.update()
+    velocity.zero_grad()
+    decay = min(config.ema, (1 + step) / (10 + step))  # soon forgets the initial weights
+    torch._foreach_lerp_([*parts["ema"].parameters()], [*velocity.parameters()], 1 - decay)
+    return norm
 
-    config: a namespace of all of TRAIN; checkpoint: what load() read, to go on from, bit by bit on
-    a CPU.  stop: asked after each step; once true, the run ends with a checkpoint.
-    Returns the last step.  Raises FloatingPointError, and saves nothing, once a gradient is not
-    finite (in fp16: at any loss scale); ValueError for data that do not fit.
+
+def train(config, checkpoint=None, stops=None):
+    """Train by a config, all of TRAIN; fills config.out with checkpoint.pt, log.jsonl and grids.
+
+    From a checkpoint that load() read it goes on, bit by bit on a CPU.  Once the list `stops` has
+    something in it, the run ends with a checkpoint.  Returns the last step.
     """
     rank, world, device = start_ranks(config.device)
     first = os.environ.get("LOCAL_RANK", "0") == "0"  # it downloads or decodes, the others wait
@@ -924,84 +923,72 @@ def train(config, checkpoint=None, stop=lambda: False):
         raise ValueError(f"--batch must be divisible by the {world} ranks, and --classes needs "
                          f"class subfolders: {config.data} has {len(names)}")
     found = dict(channels=images.shape[1], names=names if config.classes else [])
-    if not checkpoint:
-        some = images[:: max(1, len(images) // 10_000)]
-        rms = torch.stack([to_float(image).square().mean() for image in some]).mean().sqrt()
-        config = argparse.Namespace(**vars(config), **found, data_rms=rms.item())
-    elif found != {k: vars(config)[k] for k in found}:
+    rms = to_float(images[:: 1 + len(images) // 1000]).square().mean().sqrt().item()
+    config = argparse.Namespace(**dict(data_rms=rms) | found | vars(config))
+    if vars(config) | found != vars(config):
         raise ValueError(f"{config.data} has other channels or classes than {config.out}")
     if device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info(device)[1] / 4:
         images, labels = images.to(device), labels.to(device)
 
     parts = build(config, device.type, checkpoint)
-    velocity, ema, scaler = parts["model"], parts["ema"], parts["scaler"]
-    optimizers = [parts[name] for name in ("adamw", "muon") if name in parts]
-    model = velocity  # the bare module is saved and averaged: no "_orig_mod." in its names
+    model = velocity = parts["model"]  # saved and averaged is this, without the wrappers
     if world > 1:
         model = nn.parallel.DistributedDataParallel(model)
-    if config.compile:
-        model = torch.compile(model)
+    worth = device.type == "cuda" and config.steps >= 5000  # compiling takes a minute
+    if worth if config.compile is None else config.compile:
+        model = compiled(model, device)
+    torch.backends.cudnn.benchmark = True  # shapes are fixed
     start, log = (checkpoint["step"], checkpoint["log"]) if checkpoint else (0, [])
-    out, logged = Path(config.out), open(os.devnull, "w")
-    if rank == 0:
-        out.mkdir(parents=True, exist_ok=True)
-        logged = open(out / "log.jsonl", "w", buffering=1)
-        logged.writelines(json.dumps(row) + "\n" for row in log)  # of the checkpoint, no later
-    print(f"{config.data}: {len(images):,} images of {tuple(images.shape[1:])}, {len(names)} "
-          f"classes: {', '.join(names[:5])}\npath {config.path}, "
-          f"{sum(p.numel() for p in ema.parameters()):,} parameters, {config.steps:,} steps x "
-          f"batch {config.batch} = {config.steps * config.batch / len(images):,.1f} epochs, {world} x "
-          f"{device} ({config.batch // world} images each), amp {config.amp}, into {out}/")
+    out = Path(config.out)
+    out.mkdir(parents=True, exist_ok=True)
+    old = ["tmp-*"] if checkpoint else ["tmp-*", "checkpoint.pt", "step-*.png"]  # --overwrite
+    for file in [file for kind in old for file in out.glob(kind)] if rank == 0 else []:
+        file.unlink()
+    logged = open(os.devnull if rank else out / "log.jsonl", "w", buffering=1)
+    logged.writelines(json.dumps(row) + "\n" for row in log)  # of the checkpoint, no later
+    print(f"{config.data}: {len(images):,} images of {(*images.shape[1:],)}, {len(names)} classes\n"
+          f"{sum(p.numel() for p in velocity.parameters()):,} parameters, path {config.path}, amp "
+          f"{config.amp}, {world} x {device} ({config.batch // world} images each): {out}")
 
-    since, begun, losses, norms = time.perf_counter(), start, [], []
+    stops, since, seen = [] if stops is None else stops, time.perf_counter(), []
     for step in range(start + 1, config.steps + 1):  # between log lines nothing waits for a GPU
         batch = draw_batch(images, labels, config, step, device)
         x_1, y, x_0, t = (part.chunk(world)[rank] for part in batch)
         torch.manual_seed(hash((config.seed, step, rank)))  # dropout differs between ranks
-        with autocast(device.type, config.amp):
+        with torch.autocast(device.type, AMP.get(config.amp), enabled=config.amp in AMP):
             v, weight = functools.partial(model, y=y), velocity.scales(t)[2] ** -2
             loss = cfm_loss(v, PATHS[config.path], x_1, x_0, t, weight)
-        scaler.scale(loss).backward()
-        fall = 1 - (step - 1) / config.steps  # 0 would be the step after the last
-        for optimizer in optimizers:
-            scaler.unscale_(optimizer)  # before clipping
-            for group in optimizer.param_groups:
-                group["lr"] = config.lr * fall * min(1, step / max(1, config.warmup))
-        norm = nn.utils.clip_grad_norm_(velocity.parameters(), config.clip)
-        if not scaler.is_enabled() or norm.isfinite():  # fp16 skips an overflow
-            for optimizer in optimizers:
-                optimizer.step()
-        scaler.update()
-        velocity.zero_grad()
-        decay = min(config.ema, (1 + step) / (10 + step))  # soon forgets the initial weights
-        with torch.no_grad():
-            torch._foreach_lerp_(list(ema.parameters()), list(velocity.parameters()), 1 - decay)
-        losses.append(loss.detach())
-        norms.append(norm)
+        parts["scaler"].scale(loss).backward()
+        seen.append(torch.stack([loss.detach(), update(parts, config, step)]))
 
-        stopping = torch.tensor(float(stop()))
+        stopping = torch.tensor(float(len(stops) > 0))
         if world > 1:  # ranks leave together
             dist.all_reduce(stopping)
         saving = stopping or step % config.save_every == 0 or step == config.steps
         if not saving and step % config.log_every:
             continue
-        finite = torch.stack(norms).isfinite().tolist()
-        if not all(finite) and scaler.get_scale() <= 1:  # above 1, fp16 skips an overflow
-            raise FloatingPointError(f"the gradient of step {begun + 1 + finite.index(False)} is "
-                                     "not finite; the last checkpoint is kept: try a lower --lr")
-        loss = torch.stack(losses).mean() / world
+        losses, norms = torch.stack(seen, 1)
+        bad = [step - len(seen) + 1 + i for i in (~norms.isfinite()).nonzero().flatten().tolist()]
+        if bad and parts["scaler"].get_scale() <= 1:  # above 1, fp16 skips an overflow
+            raise FloatingPointError(f"the gradient of step {bad[0]} is not finite; the last "
+                                     "checkpoint is kept: try a lower --lr")
+        loss = losses.mean() / world
         if world > 1:
             dist.all_reduce(loss)
-        rate = config.batch * (step - begun) / (time.perf_counter() - since)
-        log.append(dict(step=step, loss=loss.item(), images_per_second=rate))
+        rate = len(seen) / (time.perf_counter() - since)
+        left = timedelta(seconds=int((config.steps - step) / rate))
+        log.append(dict(step=step, loss=loss.item(), images_per_second=config.batch * rate))
         print(json.dumps(log[-1]), file=logged)
-        print(f"step {progress(step, config.steps, since, begun)}  {rate:,.0f} images/s  "
-              f"loss {loss:.4f}", flush=True)
+        try:
+            print(f"step {step:,}/{config.steps:,}  {config.batch * rate:,.0f} images/s  "
+                  f"{left} left  loss {loss:.4f}", flush=True)
+        except OSError:  # nobody reads any more: the next step ends, as by SIGPIPE
+            stops.append(13)
         if saving and rank == 0:
-            save(config, step, parts, log, grid=not stopping)
+            save(config, step, parts, log, grid=not stops)
         if stopping:
             break
-        since, begun, losses, norms = time.perf_counter(), step, [], []
+        since, seen = time.perf_counter(), []
     if world > 1:
         dist.barrier()  # destroyed in the middle of an all-reduce, gloo can wait for ever
         dist.destroy_process_group()
@@ -1060,75 +1047,54 @@ def draw_paths(means, tau, seed=0):
 
 # §11  Command line ------------------------------------------------------------------------------
 
-JUDGE = SAMPLE | dict(reference="", data_dir="", results="")
-DEFAULTS = {
-    "train": TRAIN,
-    "sample": SAMPLE | dict(out="", overwrite=False),
-    "fid": JUDGE | dict(n=50_000, steps=[20], features="inception", inception=""),
-    "nll": JUDGE | dict(n=128, batch=32, solver="dopri5", k=1, exact=False),
-    "paths": dict(seed=0, out="paths.png", overwrite=False),
-}
-CHOICES = {
-    "path": PATHS, "solver": SOLVERS, "coupling": ["independent", "ot"],
-    "time": ["logit-normal", "uniform"], "optimizer": ["muon", "adamw"],
-    "device": ["cuda", "mps", "cpu"], "amp": ["bf16", "fp16", "off"],
-    "features": ["inception", "pixels"],
-}
-MAY_BE_0 = ("seed", "dropout", "label_drop", "warmup", "ema", "guidance")
+HELP = f"""
+amp        bf16 | fp16 | off | mixed precision; default: by device, off for dopri5
+attention  heights of maps to attend at, as 16,8; or none
+batch      images per step, over all ranks; else at a time
+blocks     residual blocks per level
+ckpt       checkpoint; default: the newest runs/*/checkpoint.pt
+classes    learn to make images of a given class
+clip       largest norm of the gradient
+compile    torch.compile; default: on CUDA from 5000 steps
+coupling   independent | ot | ot: minibatch optimal transport
+data       digits, {', '.join(TORCHVISION)}, or a folder of images
+data_dir   of downloads and decoded images; default: as in training
+device     cuda | mps | cpu | default: the fastest here
+dropout    share of activations dropped
+ema        decay per step of the averaged weights
+exact      exact divergence, not Hutchinson's estimate
+features   inception | pixels | FID is inception's
+flip       mirror images at random
+guidance   scale, classifier-free; 1 is none
+inception  file of its weights; default: downloaded
+k          draws of dequantisation noise per image; the paper: 50
+label      class to make; default: all in turn
+label_drop share of samples trained without their label
+log_every  steps between log lines
+lr         peak learning rate
+mults      multiples of the width, one per level
+n          images; FIDs of papers rest on 50000
+optimizer  muon | adamw | muon: for hidden kernels, AdamW elsewhere
+out        folder or NAME.png; default: runs/DATA-PATH, samples.png by --ckpt
+overwrite  replace what --out names
+path       {' | '.join(PATHS)} | probability path
+reference  train or test split, another data set or a folder
+results    JSON lines; default: results.jsonl by --ckpt
+resume     go on with --out, or the newest run
+save_every steps between checkpoints and grids of samples
+seed       of everything random
+size       height and width of the images, pixels
+solver     {' | '.join(SOLVERS)} | 1, 2, 4 calls a step; dopri5 adapts
+steps      of training, or of the solver (fid: as 5,10,20)
+time       logit-normal | uniform | density of t; the paper: uniform
+tolerance  of dopri5, relative and absolute
+warmup     steps of linear warm-up
+width      channels at full resolution, a multiple of 4
+"""
+MAY_BE_0 = ("seed", "dropout", "label_drop", "warmup", "ema", "guidance", "attention")
 AT_MOST_1 = ("dropout", "label_drop", "ema", "tolerance")
 MAY_CHANGE = {"steps", "data", "data_dir", "log_every", "save_every", "device", "amp", "compile",
               "out", "resume", "overwrite"}  # in a run that goes on
-HELP = {
-    "amp": "mixed precision; default: bf16 or fp16 on CUDA, off elsewhere and with dopri5",
-    "attention": "heights of the maps at which to attend, as 16,8; or none",
-    "batch": "images per step, over all ranks; else images at a time",
-    "blocks": "residual blocks per level",
-    "ckpt": "checkpoint file; default: the newest runs/*/checkpoint.pt",
-    "classes": "learn to make images of a given class",
-    "clip": "largest norm of the gradient",
-    "compile": "torch.compile; default: on CUDA from 5000 steps",
-    "coupling": "of noise and images; ot: minibatch optimal transport",
-    "data": f"digits, {', '.join(TORCHVISION)} or a folder of images (called digits: ./digits)",
-    "data_dir": "where downloads and decoded folders are kept; default: as in training",
-    "device": "default: the fastest here",
-    "dropout": "share of activations dropped in residual blocks",
-    "ema": "decay per step of the averaged weights",
-    "exact": "exact divergence, a gradient per number of an image; not Hutchinson's",
-    "features": "of the distance; FID is inception's",
-    "flip": "mirror images at random",
-    "guidance": "scale of classifier-free guidance, 1 for none",
-    "inception": "file of the Inception weights; default: downloaded",
-    "k": "draws of dequantisation noise per image, for a tighter bound; the paper: 50",
-    "label": "name of the class to make; default: all in turn",
-    "label_drop": "share of samples trained without their label, for guidance",
-    "log_every": "steps between log lines",
-    "lr": "peak learning rate",
-    "mults": "multiples of the width, one per level",
-    "n": "number of images; FIDs of papers rest on 50000",
-    "optimizer": "muon: AdamW, but orthogonal steps of hidden kernels",
-    "out": "NAME.png or a folder; default: runs/DATA-PATH, samples.png beside the checkpoint",
-    "overwrite": "replace what --out names",
-    "path": "probability path",
-    "reference": "train or test (of the checkpoint's data), another data set, or a folder",
-    "results": "JSON lines; default: results.jsonl beside the checkpoint",
-    "resume": "go on with the run in --out; default: the newest in runs/",
-    "save_every": "steps between checkpoints, each with a grid of samples",
-    "seed": "of everything random",
-    "size": "height and width of the images, pixels",
-    "solver": "of 1, 2 and 4 network calls a step; dopri5 adapts its steps",
-    "steps": "of training, or of the solver (fid: several, as 5,10,20, give a curve)",
-    "time": "density of t; the paper's: uniform",
-    "tolerance": "of dopri5, relative and absolute",
-    "warmup": "steps of linear warm-up",
-    "width": "channels at full resolution, a multiple of 4",
-}
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, with exit status 2."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {' '.join(str(message).split())}\n")
 
 
 def integers(text):
@@ -1140,304 +1106,248 @@ def check_flags(flags):
     """Raises ValueError for a number that is not positive and finite, but for MAY_BE_0."""
     for flag, value in flags.items():
         low, high = 0 if flag in MAY_BE_0 else 1e-12, 1 if flag in AT_MOST_1 else 1e12
-        values = value if isinstance(value, list) else [value]
-        good = all(low <= x <= high for x in values if type(x) in (int, float))
-        if not good or not values and flag != "attention":
+        values = (value or [0]) if isinstance(value, list) else [value]  # "none" counts as 0
+        if not all(low <= x <= high for x in values if type(x) in (int, float)):
             raise ValueError(f"--{flag.replace('_', '-')} {value} is not from {low:g} to {high:g}")
-
-
-def pick_device(name):
-    """The device of that name, or the fastest here, once tried; and its mixed precision."""
-    here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    name = name or next(k for k in here if here[k])
-    try:
-        torch.ones(1, device=name).add(1).item()
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"no {name} device works here ({error}): use --device cpu") from None
-    if name != "cuda":
-        return name, "off"  # bf16 is mostly slower on a CPU
-    return name, "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-
-
-def newest_checkpoint():
-    """The newest in runs/, or where it would be."""
-    files = sorted(Path("runs").glob("*/checkpoint.pt"), key=lambda file: file.stat().st_mtime)
-    return files[-1] if files else Path("runs/*/checkpoint.pt")
 
 
 def check_free(out, overwrite):
     """Raises ValueError if out is a file, or a folder with something in it."""
-    if not overwrite and (out.is_file() or out.is_dir() and any(out.iterdir())):
-        raise ValueError(f"{out} already exists: replace it with --overwrite, name another --out, "
-                         "or go on with train --resume")
+    if not overwrite and (out.is_file() or any(out.glob("*"))):
+        raise ValueError(f"{out} exists: try --overwrite, or train --resume")
 
 
-@contextlib.contextmanager
-def stop_signals():
-    """The list of the stop signals that came; a second one acts as it did before the block."""
-    caught, before = [], {}
-
-    def note(number, _):
-        caught.append(number)
-        signal.signal(number, before[number])
-        os.write(2, b"stopping after this step; once more stops at once\n")  # print could be busy
-
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):  # Windows has no SIGHUP, nohup ignores it
-        number = getattr(signal, name, None)
-        if number and signal.getsignal(number) != signal.SIG_IGN:
-            before[number] = signal.signal(number, note)
+def look_around(name):
+    """The named or the fastest device, its mixed precision, and the newest checkpoint."""
+    here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
+    name, amp = name or next(k for k in here if here[k]), "off"  # bf16 is mostly slower on a CPU
     try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        torch.ones(1, device=name).add(1).item()
+    except (RuntimeError, AssertionError) as error:  # none, or one that torch was not built for
+        raise ValueError(f"no {name} works here ({error}): use --device cpu") from None
+    if name == "cuda":
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    runs = "runs/*/checkpoint.pt"
+    return name, amp, max(Path().glob(runs), key=os.path.getmtime, default=Path(runs))
 
 
-def run_train(typed):
-    """Learn to make images from noise.
-
-    examples:
-      flow_matching.py train --path ot
-      flow_matching.py train --data photos/ --size 64 --out runs/photos
-      flow_matching.py train --resume
-    """
-    device, amp = pick_device(typed.get("device"))
-    data, path = (typed.get(flag, TRAIN[flag]) for flag in ("data", "path"))
-    out = Path(typed.get("out", f"runs/{Path(data).resolve().name}-{path}"))
-    checkpoint, known = None, RECIPES.get(data, RECIPES["folder"])
-    if "resume" in typed:
-        out = out if typed.keys() & {"out", "data", "path"} else newest_checkpoint().parent
+def run_train(defaults, typed):
+    """Learn to make images from noise."""
+    device, amp, newest = look_around(typed.get("device"))
+    flags, checkpoint = defaults | typed, None
+    out = Path(flags["out"] or f"runs/{Path(flags['data']).resolve().name}-{flags['path']}")
+    known = RECIPES.get(flags["data"], RECIPES["folder"])
+    if flags["resume"]:
+        out = out if typed.keys() & {"out", "data", "path"} else newest.parent
         checkpoint, _ = load(out / "checkpoint.pt")
         known = checkpoint["config"]
         for flag in typed.keys() - MAY_CHANGE:
             if typed[flag] != known[flag]:
-                raise ValueError(f"--{flag} cannot change: {out} was begun with {known[flag]}")
-    config = TRAIN | dict(amp=amp) | known | typed | dict(device=device, out=str(out))
-    config = argparse.Namespace(**config)
+                raise ValueError(f"--{flag} cannot change: {out} began with {known[flag]}")
+    flags = defaults | dict(amp=amp) | known | typed | dict(device=device, out=str(out))
+    config = argparse.Namespace(**flags)
     if out.resolve().is_relative_to(Path(config.data).resolve()):
-        raise ValueError(f"--out {out} is inside --data {config.data}, which would train on it")
+        raise ValueError(f"--out {out} is inside --data {config.data}")
     if checkpoint and checkpoint["step"] >= config.steps:
-        raise ValueError(f"{out} is at step {checkpoint['step']:,} already: ask for more --steps")
+        raise ValueError(f"{out} is at step {checkpoint['step']:,}: ask for more --steps")
     if not checkpoint:
         UNet(1, config.size, config.width, config.mults)  # refuses a bad shape before any work
         check_free(out, config.overwrite)
-        for old in [*out.glob("checkpoint.pt"), *out.glob("step-*.png")]:
-            old.unlink()
-    with stop_signals() as caught:
-        step = train(config, checkpoint, lambda: len(caught) > 0)
+    caught, handlers = [], contextlib.ExitStack()  # signals, and what they did before
+
+    def note(number, _):
+        caught.append(number)
+        handlers.close()  # puts them back
+        os.write(2, b"stopping after this step; once more stops at once\n")  # print could be busy
+
+    with handlers:
+        for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:  # Windows has no SIGHUP
+            number = getattr(signal, name)
+            if signal.getsignal(number) != signal.SIG_IGN:  # nohup
+                handlers.callback(signal.signal, number, signal.signal(number, note))
+        step = train(config, checkpoint, caught)
     if step < config.steps:
-        command = ["python", "flow_matching.py", "train", "--resume", "--out", str(out)]
-        print(f"stopped; go on with: {shlex.join(command)}")
+        print("go on with: python flow_matching.py train --resume --out", shlex.quote(str(out)))
         sys.exit(128 + caught[0])
 
 
-def open_model(command, typed):
-    """All flags of a command, and the velocity, with EMA weights, of its checkpoint."""
-    device, amp = pick_device(typed.get("device"))
-    file = Path(typed.get("ckpt", newest_checkpoint()))
+def open_model(defaults, typed):
+    """All flags, the velocity with EMA weights and, for fid and nll, the reference images."""
+    device, amp, newest = look_around(typed.get("device"))
+    file = Path(typed.get("ckpt", newest))
     checkpoint, velocity = load(file, device)
-    if typed.get("solver", DEFAULTS[command]["solver"]) == "dopri5":
-        amp = "off"  # its error control would chase the rounding
-        if "steps" in typed:
-            raise ValueError("dopri5 chooses its steps: leave out --steps, or take --solver rk4")
-    known = dict(ckpt=str(file), device=device, amp=amp, data_dir=velocity.config.data_dir,
+    config = velocity.config
+    known = dict(ckpt=str(file), device=device, amp=amp, data_dir=config.data_dir,
                  results=str(file.with_name("results.jsonl")))
-    print(f"{file}: step {checkpoint['step']:,}, path {velocity.config.path}, EMA weights")
-    return argparse.Namespace(**DEFAULTS[command] | known | typed), velocity
+    if config.data not in ("digits", *TORCHVISION):
+        known["reference"] = "train"  # a folder has no test split
+    args = argparse.Namespace(**defaults | known | typed)
+    if args.solver == "dopri5" or "amp" not in defaults:
+        args.amp = typed.get("amp", "off")  # dopri5's error control would chase the rounding
+    if args.solver == "dopri5" and "steps" in typed:
+        raise ValueError("dopri5 chooses its steps: leave out --steps, or take --solver rk4")
+    print(f"{file}: {config.data}, path {config.path}, step {checkpoint['step']:,}, EMA weights")
+    if "reference" not in defaults:
+        return args, velocity
+    data = config.data if args.reference in ("train", "test") else args.reference
+    images, _, _ = load_data(data, args.data_dir, config.size, args.reference == "test")
+    if images.shape[1] != config.channels:
+        raise ValueError(f"{data} has {images.shape[1]} channels, the model {config.channels}")
+    open(args.results, "a").close()  # what cannot be written is said before the work
+    return args, velocity, images
 
 
-def run_sample(typed):
-    """Make images from the EMA weights of a checkpoint: a grid, or one PNG per image.
-
-    examples:
-      flow_matching.py sample --steps 20
-      flow_matching.py sample --n 10000 --out images/
-      flow_matching.py sample --label 3 --guidance 2      (after train --classes)
-    """
-    args, velocity = open_model("sample", typed)
-    names, out = velocity.config.names, Path(args.out or Path(args.ckpt).with_name("samples.png"))
-    if args.label not in ["", *names]:
-        raise ValueError(f"--label {args.label}: this model, of train --classes, knows {names}")
+def run_sample(args, velocity):
+    """Make images from the EMA weights of a checkpoint: a grid, or one PNG per image."""
+    out = Path(args.out or Path(args.ckpt).with_name("samples.png"))
     check_free(out, args.overwrite or not args.out)
-    grid, since, images, nfes = out.suffix.lower() == ".png", time.perf_counter(), [], []
-    marks = [f"-{name}".replace("/", "_") for name in names] or [""]  # of the file names
-    (out.parent if grid else out).mkdir(parents=True, exist_ok=True)
-    for old in [old for mark in marks for old in out.glob("[0-9]" * 6 + f"{mark}.png")]:
-        old.unlink()  # of the run that --overwrite replaces
-    with atomic(out) if grid else contextlib.nullcontext() as temporary:
-        for part, made, nfe in make_images(velocity, args):
-            nfes += [nfe] * len(part)
-            images += [made] if grid else []
-            for i, image in () if grid else zip(part, made, strict=True):
-                mark = marks[names.index(args.label) if args.label else i % len(marks)]
-                to_pil_image(image).save(out / f"{i:06d}{mark}.png")
-        if grid:
-            columns = len(marks) * max(1, round(args.n**0.5 / len(marks)))
-            picture_grid(torch.cat(images), columns).save(temporary)
-    print(f"{out}: {args.n:,} images, {args.solver}, NFE {np.mean(nfes):g}, amp {args.amp}, "
-          f"{time.perf_counter() - since:.1f} s")
+    names = [args.label] if args.label else velocity.config.names
+    marks, nfes = [f"-{name}".replace("/", "_") for name in names] or [""], []
+    images = itertools.chain.from_iterable(make_images(velocity, args, nfes))
+    if out.suffix.lower() == ".png":
+        columns = len(marks) * max(1, round(args.n**0.5 / len(marks)))
+        with atomic(out) as f:
+            picture_grid(torch.stack([*images]), columns).save(f, "PNG")
+    else:
+        out.mkdir(parents=True, exist_ok=True)
+        old = {file for mark in marks for file in out.glob("[0-9]" * 6 + f"{mark}.png")}
+        for i, image in enumerate(images):
+            file = out / f"{i:06d}{marks[i % len(marks)]}.png"
+            to_pil_image(image).save(file)
+            old.discard(file)
+        for file in old:  # of the run that --overwrite replaces
+            file.unlink()
+    print(f"{out}: {args.n:,} images, {args.solver}, NFE {np.mean(nfes):g}, amp {args.amp}")
 
 
-def load_reference(args, config, default):
-    """The images that --reference names, at the size of the model's, and their full name."""
-    what = args.reference or default
-    data = config.data if what in ("train", "test") else what
-    images, _, _ = load_data(data, args.data_dir, config.size, what == "test")
-    if images.shape[1] != config.channels or len(images) < 2:
-        raise ValueError(f"{what}: {len(images)} images of {images.shape[1]} channels, where at "
-                         f"least two of {config.channels} are needed")
-    return images, data if data == what else f"{data}, {what} split"
+def report(args, text, since, nfes, **row):
+    """Keep a row of results, with all flags; then print it."""
+    row |= dict(nfe=np.mean(nfes), seconds=time.perf_counter() - since)
+    with open(args.results, "a") as results:
+        print(json.dumps(vars(args) | row), file=results)
+    print(f"{text}, {args.solver}, NFE {row['nfe']:g}, {row['seconds']:.1f} s", flush=True)
 
 
-def run_fid(typed):
-    """Fréchet distance between images that a checkpoint makes and real ones.
-
-    A model trained with --classes makes as many images of each.
-
-    examples:
-      flow_matching.py fid
-      flow_matching.py fid --n 2000 --features pixels
-      flow_matching.py fid --solver euler --steps 5,10,20,50 --reference test
-    """
-    args, velocity = open_model("fid", typed)
-    images, name = load_reference(args, velocity.config, "train")
+def run_fid(args, velocity, images):
+    """Fréchet distance between real images and those of a checkpoint, as many of each class."""
     features, D, title = pixels, images[0].numel(), "Fréchet distance of pixels"
     if args.features == "inception":
         features, D, title = inception(args.inception, args.device), 2048, "FID"
     elif args.inception or D > 4096:
-        raise ValueError("--features pixels takes no --inception, nor images of over 4096 numbers")
-
-    def fit(npy):
-        parts = (images[part] for part in in_batches(len(images), 1000, "reference"))
-        with open(npy, "wb") as f:
-            np.save(f, np.vstack(fit_gaussian(parts, features)))
-
-    key = hashlib.sha256(repr(images.shape).encode() + images.numpy().tobytes()).hexdigest()[:16]
-    mean, *cov = cached(Path(args.data_dir, f"{args.features}-{key}.npy"), fit, (D + 1, D))
-    remarks = ["under 50,000 images: not comparable with papers"] if args.n < 50_000 else []
+        raise ValueError("pixels take no --inception, and images of at most 4096 numbers")
+    parts = (images[part] for part in in_batches(len(images), 1000, "reference"))
+    content = repr(images.shape).encode() + images.numpy().tobytes()
+    mean, *cov = cached(args.data_dir, args.features, content, (D + 1, D),
+                        lambda f: np.save(f, np.vstack(fit_gaussian(parts, features))))
+    for steps in args.steps:
+        args.steps = steps  # its row says so
+        nfes, since = [], time.perf_counter()
+        made = fit_gaussian(make_images(velocity, args, nfes), features)
+        distance = frechet_distance(*made, mean, np.array(cov))
+        text = f"{title} {distance:.4f}: {args.n:,} made, {len(images):,} of {args.reference}"
+        report(args, text, since, nfes, frechet_distance=distance, n_reference=len(images))
+    if args.n < 50_000:
+        print("under 50,000 images: not comparable with papers")
     if min(args.n, len(images)) <= D:
-        remarks.append(f"not more images than {D:,} features: a covariance is singular")
-    with open(args.results, "a", buffering=1) as results:
-        for steps in args.steps:
-            nfes, since = [], time.perf_counter()
-            one = argparse.Namespace(**vars(args) | dict(steps=steps))
-            made = (nfes.append(nfe * len(part)) or x
-                    for part, x, nfe in make_images(velocity, one))
-            distance = frechet_distance(*fit_gaussian(made, features), mean, np.array(cov))
-            row = dict(frechet_distance=distance, nfe=sum(nfes) / args.n,
-                       n_reference=len(images), seconds=time.perf_counter() - since)
-            print(json.dumps(vars(one) | row), file=results)
-            print(f"{title} {distance:.4f}: {args.n:,} images by {args.solver}, NFE {row['nfe']:g},"
-                  f" against {len(images):,} of {name}, {row['seconds']:.1f} s", *remarks,
-                  sep="\n  ")
+        print(f"no more images than {D:,} features: a covariance is singular")
 
 
-def run_nll(typed):
-    """Bits per dimension of images: -log2 p(image) / numbers in an image, by the checkpoint.
-
-    A model trained with --classes is asked for its density without a class.
-
-    examples:
-      flow_matching.py nll
-      flow_matching.py nll --n 1000 --k 50 --reference train
-    """
-    args, velocity = open_model("nll", typed)
+def run_nll(args, velocity, images):
+    """Bits per dimension of images, -log2 p(image) / numbers in an image, without a class."""
     config = velocity.config
     if config.names and not config.label_drop:
-        raise ValueError("this model, of --label-drop 0, has no density without a class")
-    has_test = config.data == "digits" or config.data in TORCHVISION
-    images, name = load_reference(args, config, "test" if has_test else "train")
+        raise ValueError("nll needs a model with a --label-drop")
     n, K, shape = min(args.n, len(images)), args.k, images.shape[1:]
-    chosen = np.random.default_rng(args.seed).permutation(len(images))[:n]
-
-    def draw(j, stream):
-        return np.random.default_rng((args.seed, j, stream)).random(shape, np.float32)
-
+    chosen = np.random.default_rng(args.seed).permutation(len(images))
     log_p, nfes, since = [], [], time.perf_counter()
-    with open(args.results, "a") as results:
-        for part in in_batches(n * K, args.batch, "densities"):
-            u = torch.from_numpy(np.stack([draw(j, 1) for j in part]))
-            x = (images[chosen[np.array(part) // K]] + u) / 128 - 1
-            # one draw of signs for all K: their errors would bias the mean over draws upwards
-            signs = np.stack([np.where(draw(j // K, 2) < 0.5, -1, 1) for j in part])
-            probes = [torch.from_numpy(signs).to(args.device, torch.float32)]
-            one, nfe = log_likelihood(velocity, x.to(args.device), PATHS[config.path],
-                                      None if args.exact else probes, solver=args.solver,
-                                      steps=args.steps, tolerance=args.tolerance)
-            log_p.append(one.cpu().double())
-            nfes += [nfe] * len(part)
-        bits = bits_per_dim(torch.cat(log_p).reshape(n, K), math.prod(shape))
-        mean, error = bits.mean().item(), bits.std().item() / n**0.5
-        row = dict(bits_per_dim=mean, standard_error=error, n=n, nfe=np.mean(nfes),
-                   seconds=time.perf_counter() - since)
-        print(json.dumps(vars(args) | row), file=results)
-    print(f"{mean:.4f} ± {error:.4f} bits/dim: {n:,} images of {name}, K = {K}, "
-          f"{'exact' if args.exact else 'Hutchinson'} divergence, {args.solver}, "
-          f"NFE {row['nfe']:g}, {row['seconds']:.1f} s")
+    for part in in_batches(n * K, args.batch, "densities"):
+        rows = [j // K for j in part]
+        u = torch.special.ndtr(draw_noise((args.seed, 1), part, shape))  # Φ(normal) is uniform
+        x = (images[chosen[rows]] + u) / 128 - 1
+        # one draw of signs for all K: their errors would bias the mean over draws upwards
+        signs = draw_noise((args.seed, 2), rows, shape).sign().to(args.device)
+        one, nfe = log_likelihood(velocity, x.to(args.device), PATHS[config.path],
+                                  None if args.exact else [signs], solver=args.solver,
+                                  steps=args.steps, tolerance=args.tolerance)
+        log_p.append(one.cpu().double())
+        nfes += [nfe] * len(part)
+    bits = bits_per_dim(torch.cat(log_p).reshape(n, K), math.prod(shape))
+    mean, error = bits.mean().item(), bits.std().item() / n**0.5
+    text = (f"{mean:.4f} ± {error:.4f} bits/dim: {n:,} images of {args.reference}, K = {K}, "
+            f"{'exact' if args.exact else 'Hutchinson'} divergence")
+    report(args, text, since, nfes, bits_per_dim=mean, standard_error=error, n=n)
 
 
-def run_paths(typed):
-    """Draw the theory: the exact field of Eq. 8, as a picture and a table, without a network.
-
-    examples:
-      flow_matching.py paths
-    """
-    args = argparse.Namespace(**DEFAULTS["paths"] | typed)
+def run_paths(defaults, typed):
+    """Draw the theory: the exact field of Eq. 8, as a picture and a table, without a network."""
+    args = argparse.Namespace(**defaults | typed)
     check_free(Path(args.out), args.overwrite)
     angles = torch.arange(8) * math.pi / 4
     means, tau = 2 * torch.stack([angles.cos(), angles.sin()], 1), 0.1
     table = measure_paths(means, tau, seed=args.seed)
-    print("landed: share of particles within 3 tau; error: mean squared, against 1000 rk4 steps\n"
+    print("landed: within 3 tau of a mean; error: mean squared, against 1000 rk4 steps\n"
           "solver    NFE" + "".join(f"   {name} landed  error  " for name in PATHS))
     for solver, nfe in dict.fromkeys(key[1:] for key in table):
         cells = [table[name, solver, nfe] for name in PATHS]
         print(f"{solver:9}{nfe:4}" + "".join(f"    {a:7.1%}  {b:.1e}" for a, b in cells))
-    print(f"at equal error, ot needs {evaluations_ratio(table):.0%} of vp's evaluations (euler)")
-    with atomic(Path(args.out)) as temporary:
-        draw_paths(means, tau, args.seed).save(temporary, "PNG")
-    print(f"wrote {args.out}")
+    with atomic(Path(args.out)) as f:
+        draw_paths(means, tau, args.seed).save(f, "PNG")
+    print(f"at equal error, ot needs {evaluations_ratio(table):.0%} of vp's evaluations (euler)\n"
+          f"wrote {args.out}")
 
 
-COMMANDS = dict(train=run_train, sample=run_sample, fid=run_fid, nll=run_nll, paths=run_paths)
+COMMANDS = {
+    "train": (run_train, TRAIN),
+    "sample": (run_sample, SAMPLE | dict(out="", overwrite=False)),
+    "fid": (run_fid, SAMPLE | dict(n=50_000, steps=[20], features="inception", inception="",
+                                   reference="train", data_dir="", results="")),
+    "nll": (run_nll, dict(ckpt="", n=128, k=1, exact=False, solver="dopri5", steps=20, batch=32,
+                          tolerance=1e-5, seed=0, device="", reference="test", data_dir="",
+                          results="")),
+    "paths": (run_paths, dict(seed=0, out="paths.png", overwrite=False)),
+}
 
 
 def main(argv=None):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # of a terminal without ± or é
-    parser = Parser(prog="flow_matching.py", description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command, run in COMMANDS.items():
-        text = inspect.cleandoc(run.__doc__)
-        if command == "train":
-            text += "\n\nchanged defaults, by --data (folder: of any folder):\n" + "\n".join(
-                f"  {data}: {recipe}" for data, recipe in RECIPES.items())
-        p = commands.add_parser(command, help=text.split("\n")[0], description=text,
-                                argument_default=argparse.SUPPRESS,
-                                formatter_class=argparse.RawDescriptionHelpFormatter)
-        p.set_defaults(run=run, error=p.error)
-        for flag, default in DEFAULTS[command].items():
-            how = dict(action=argparse.BooleanOptionalAction)
-            if type(default) in (int, float, str, list):
-                kind = integers if isinstance(default, list) else type(default)
-                how = dict(type=kind, choices=CHOICES.get(flag))
-            known = "" if default in ("", None) else f" (default: {default})"
-            p.add_argument("--" + flag.replace("_", "-"), help=HELP[flag] + known, **how)
+    style = dict(argument_default=argparse.SUPPRESS, usage=argparse.SUPPRESS,  # nor with an error
+                 formatter_class=argparse.RawDescriptionHelpFormatter)
+    about, *examples = __doc__.split("\n")
+    parser = argparse.ArgumentParser("flow_matching.py", description=about, **style)
+    commands = parser.add_subparsers(dest="command", required=True, prog=parser.prog)
+    texts = dict(line.split(maxsplit=1) for line in HELP.strip().split("\n"))
+    for command, (run, defaults) in COMMANDS.items():
+        lines = [line for line in examples if f".py {command}" in line]
+        if defaults is TRAIN:
+            lines += [f"changed by --data {data}: {recipe}" for data, recipe in RECIPES.items()]
+        p = commands.add_parser(command, help=run.__doc__, description=run.__doc__,
+                                epilog="\n".join(["examples:", *lines]), **style)
+        for flag, default in defaults.items():
+            *choices, text = texts[flag].split(" | ")
+            kind = integers if isinstance(default, list) else type(default)
+            how = dict(type=kind, choices=choices or None)
+            if isinstance(default, bool | None):
+                how = dict(action=argparse.BooleanOptionalAction)
+            text += "" if default in ("", None) else f" (default: {default})"
+            p.add_argument("--" + flag.replace("_", "-"), help=text, **how)
     typed = vars(parser.parse_args(argv))
-    run, error = typed.pop("run"), typed.pop("error")
+    command = typed.pop("command")
+    run, defaults = COMMANDS[command]
     torch.backends.cudnn.allow_tf32 = False  # float32 to its last digit; speed is bf16's
     try:
         check_flags(typed)
-        run(typed)
-    except (ValueError, OSError, FloatingPointError, MemoryError, RuntimeError) as problem:
-        short = isinstance(problem, (MemoryError, torch.OutOfMemoryError))
-        if short or "allocate memory" in str(problem):
-            error("out of memory: lower --batch, --size or --width")
-        if isinstance(problem, RuntimeError):
-            raise  # a fault of the code keeps its traceback
-        error(problem)
+        run(*(open_model(defaults, typed) if "ckpt" in defaults else (defaults, typed)))
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as problem:
+        text = " ".join(str(problem).split())
+        if isinstance(problem, MemoryError) or re.search("(out of|allocate) memory", text):
+            text = "out of memory: lower --batch, --size or --width"
+        elif not isinstance(problem, (ValueError, OSError, FloatingPointError)):
+            raise  # a fault of the code keeps its traceback
+        commands.choices[command].error(text)
 
 
 if __name__ == "__main__":
