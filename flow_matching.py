@@ -946,9 +946,10 @@ def train(config, checkpoint=None, stops=None):
         file.unlink()
     logged = open(os.devnull if rank else out / "log.jsonl", "w", buffering=1)
     logged.writelines(json.dumps(row) + "\n" for row in log)  # of the checkpoint, no later
-    print(f"{config.data}: {len(images):,} images of {(*images.shape[1:],)}, {len(names)} classes\n"
-          f"{sum(p.numel() for p in velocity.parameters()):,} parameters, path {config.path}, amp "
-          f"{config.amp}, {world} x {device} ({config.batch // world} images each): {out}")
+    print(f"{config.data}: {len(images):,} images of {(*images.shape[1:],)}, {len(names)} classes",
+          *names[:5], f"\n{sum(p.numel() for p in velocity.parameters()):,} parameters, path "
+          f"{config.path}, amp {config.amp}, {world} x {device} with {config.batch // world} images "
+          f"each; {config.steps:,} steps into {out}/")
 
     stops, since, seen = [] if stops is None else stops, time.perf_counter(), []
     for step in range(start + 1, config.steps + 1):  # between log lines nothing waits for a GPU
