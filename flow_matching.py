@@ -948,8 +948,8 @@ def train(config, checkpoint=None, stops=None):
     logged.writelines(json.dumps(row) + "\n" for row in log)  # of the checkpoint, no later
     print(f"{config.data}: {len(images):,} images of {(*images.shape[1:],)}, {len(names)} classes",
           *names[:5], f"\n{sum(p.numel() for p in velocity.parameters()):,} parameters, path "
-          f"{config.path}, amp {config.amp}, {world} x {device} with {config.batch // world} images "
-          f"each; {config.steps:,} steps into {out}/")
+          f"{config.path}, amp {config.amp}, {world} x {device} with {config.batch // world} images"
+          f" each; {config.steps:,} steps into {out}/")
 
     stops, since, seen = [] if stops is None else stops, time.perf_counter(), []
     for step in range(start + 1, config.steps + 1):  # between log lines nothing waits for a GPU
