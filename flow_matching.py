@@ -14,7 +14,7 @@ Each of §1-§7, pasted with the imports and the sections that its title needs, 
 
     python flow_matching.py train --path ot
     python flow_matching.py train --data photos/ --size 64 --out runs/photos
-    torchrun --nproc_per_node=8 flow_matching.py train --data cifar10 --batch 1024
+    torchrun --nproc_per_node=8 flow_matching.py train --data cifar10 --batch 1024 --lr 6e-4
     python flow_matching.py train --resume
     python flow_matching.py sample --steps 20
     python flow_matching.py sample --n 10000 --out images/
@@ -64,14 +64,16 @@ from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_imag
 
 
 def ot_path(t, sigma_min=1e-4):
-    """Optimal transport, Eq. 20: α = t, σ = 1 − (1 − σ_min) t, straight at constant speed."""
-    one = torch.ones_like(t)  # σ_min has no value in the paper; ours is below a grey level, 2/255
+    """Optimal transport, Eq. 20: α = t, σ = 1 − (1 − σ_min) t, straight at constant speed.
+
+    The paper names no σ_min; this one is far below a grey level, 2/255.
+    """
     sigma = (1 - t) + sigma_min * t  # written so, no digit cancels as t → 1
-    return t, sigma, one, (sigma_min - 1) * one
+    return t, sigma, torch.ones_like(t), torch.full_like(t, sigma_min - 1)
 
 
 def vp_path(t, beta_min=0.1, beta_max=20.0):
-    """Variance-preserving diffusion, Eq. 18: α = exp(−½ T), σ² = 1 − α²; dT/ds = β is linear."""
+    """Variance-preserving diffusion, Eq. 18: α = exp(−½ T), σ² = 1 − α², T = ∫ β over 0..1 − t."""
     s = (1 - t).clamp(min=1e-5)  # σ' → −∞ as s → 0
     T = beta_min * s + 0.5 * (beta_max - beta_min) * s**2
     beta = beta_min + (beta_max - beta_min) * s
@@ -111,7 +113,7 @@ def marginal_velocity(path, x, t, means, tau=0.0):
     alpha, sigma, d_alpha, d_sigma = (c[:, None, None] for c in path(t))
     offset = x[:, None] - alpha * means  # (B, K, D)
     variance = (alpha * tau) ** 2 + sigma**2
-    growth = (alpha * d_alpha * tau**2 + sigma * d_sigma) / variance  # s'/s of s² = variance
+    growth = (alpha * d_alpha * tau**2 + sigma * d_sigma) / variance  # of the std, relative
     posterior = (-offset.square().sum(-1, keepdim=True) / (2 * variance)).softmax(1)  # (B, K, 1)
     return (posterior * (growth * offset + d_alpha * means)).sum(1)
 
@@ -127,7 +129,7 @@ def cfm_loss(v, path, x_1, x_0=None, t=None, weight=1.0):
     ψ_t(x_0), which never divides by σ.  Raises ValueError for a velocity of another shape than u.
     """
     x_0 = torch.randn_like(x_1) if x_0 is None else x_0
-    if t is None:  # in float32: a draw that is cast to bf16 is exactly 1.0 once in 500
+    if t is None:  # in float32 whatever x_1 is: in bf16 one in 500 would be exactly 1
         t = torch.rand(len(x_1), device=x_1.device)
     alpha, sigma, d_alpha, d_sigma = coefficients(path, t, x_1)
     u = d_alpha * x_1 + d_sigma * x_0
@@ -161,7 +163,7 @@ def rk4(f, x, t, h):
 
 def dopri5(f, x, t_0, t_1, tolerance):
     """Adaptive Dormand-Prince of order 5, scipy's RK45: one step size for all, no gradients."""
-    if t_0 == t_1 or x.numel() == 0:  # scipy would divide by it
+    if t_0 == t_1 or x.numel() == 0:  # scipy would divide by 0
         return x
 
     def f_flat(t, flat):  # as scipy wants it: one float64 vector
@@ -172,13 +174,15 @@ def dopri5(f, x, t_0, t_1, tolerance):
         return u
 
     start = x.detach().flatten().cpu().double().numpy()
-    result = solve_ivp(f_flat, (t_0, t_1), start, "RK45", [t_1], rtol=tolerance, atol=tolerance)
+    result = solve_ivp(f_flat, (t_0, t_1), start, method="RK45", t_eval=[t_1],
+                       rtol=tolerance, atol=tolerance)
     if not result.success:
         raise FloatingPointError(f"dopri5 failed: {result.message}")
     return torch.from_numpy(result.y[:, -1]).to(x.dtype).to(x.device).reshape(x.shape)
 
 
-SOLVERS = {"euler": euler, "midpoint": midpoint, "rk4": rk4, "dopri5": dopri5}
+FIXED_STEP = {"euler": euler, "midpoint": midpoint, "rk4": rk4}
+SOLVERS = [*FIXED_STEP, "dopri5"]
 
 
 def odeint(v, x, t_0=0.0, t_1=1.0, solver="midpoint", steps=20, tolerance=1e-5):
@@ -189,9 +193,10 @@ def odeint(v, x, t_0=0.0, t_1=1.0, solver="midpoint", steps=20, tolerance=1e-5):
     the number of evaluations of v (NFE).  Raises ValueError for a wrong solver, type or shape,
     FloatingPointError for a solve that fails or is not finite.
     """
-    if steps < 1 or solver not in SOLVERS or not x.is_floating_point():
-        raise ValueError(f"{steps} steps of {solver} on {x.dtype}: 1 or more of {[*SOLVERS]} on "
-                         "floating-point numbers are due")
+    if solver not in SOLVERS or steps < 1:
+        raise ValueError(f"no solver {solver} with {steps} steps: {SOLVERS} with at least 1")
+    if not x.is_floating_point():
+        raise ValueError(f"x must be real and floating-point, not {x.dtype}")
     nfe = 0
 
     def f(x, t):
@@ -207,7 +212,7 @@ def odeint(v, x, t_0=0.0, t_1=1.0, solver="midpoint", steps=20, tolerance=1e-5):
     else:
         h = (t_1 - t_0) / steps
         for i in range(steps):
-            x = SOLVERS[solver](f, x, t_0 + i * h, h)
+            x = FIXED_STEP[solver](f, x, t_0 + i * h, h)
     if not x.isfinite().all():
         raise FloatingPointError("the solution is not finite")
     return x, nfe
@@ -234,14 +239,14 @@ def invert(v, x_1, path=ot_path, **solver):
 def log_likelihood(v, x_1, path=ot_path, probes=None, **solver):
     """log p_1(x_1) in nats, (B,), and the NFE: the change of variables along the flow.
 
-    d log p_t(x_t)/dt = −div v(x_t, t), solved backward from data x_1: (B, ...), D numbers each.
-    probes: list of E: (B, ...); div v is taken as the sum of Eᵀ (∂v/∂x) E.  One draw of random
-    signs, held through the solve, is Hutchinson's unbiased estimate; None is every unit vector:
-    exact, at D gradients an evaluation.  v must not mix samples.  The result has no gradient.
+    d log p_t(x_t)/dt = −div v(x_t, t), solved backward in time from the data x_1: (B, ...).
+    div v is taken as the sum of Eᵀ (∂v/∂x) E over the probes, tensors E: (B, ...).  One draw of
+    random signs is Hutchinson's unbiased estimate; None is every unit vector: exact, at a gradient
+    per number of an x_1.  v must not mix the samples of a batch.  The result has no gradient.
     """
     if probes is None:
         units = torch.eye(x_1[0].numel(), dtype=x_1.dtype, device=x_1.device)
-        probes = units.reshape(-1, 1, *x_1.shape[1:]).expand(-1, *x_1.shape)
+        probes = units.reshape(-1, 1, *x_1.shape[1:]).expand(-1, *x_1.shape)  # (D, B, ...)
 
     def f(state, t):  # x and ∫ div v dt, as one state: (B, D + 1)
         with torch.inference_mode(False), torch.enable_grad():
@@ -262,8 +267,8 @@ def log_likelihood(v, x_1, path=ot_path, probes=None, **solver):
 def bits_per_dim(log_p, D):
     """−log2 P(image) / D of images of 256 levels: (B,).
 
-    log_p: (B, K), nats, log p_1 of K draws of x = (k + u)/128 − 1 for levels k and u ~ U[0, 1),
-    whose mean is an upper bound that K tightens.  A level is 1/128 wide: 7 = log2 128 bits.
+    log_p: (B, K), nats, log p_1 of K draws of x = (k + u)/128 − 1 for levels k and u ~ U[0, 1).
+    The mean result is an upper bound that K tightens.  A level is 1/128 wide: 7 = log2 128 bits.
     """
     return 7 - (log_p.logsumexp(1) - math.log(log_p.shape[1])) / (D * math.log(2))
 
@@ -299,7 +304,10 @@ def guided(v, y, scale=1.0):
 
 
 def draw_noise(seed, indices, shape):
-    """x_0 ~ N(0, I): (len(indices), *shape), on the CPU.  Noise i depends on (seed, i) alone."""
+    """x_0 ~ N(0, I): (len(indices), *shape), on the CPU.  Noise i depends on (seed, i) alone.
+
+    seed: a non-negative integer, or a tuple of them.
+    """
     rngs = [np.random.default_rng((seed, i)) for i in indices]
     return torch.from_numpy(np.stack([rng.standard_normal(shape, np.float32) for rng in rngs]))
 
@@ -321,7 +329,7 @@ def group_norm(channels):
 
 
 def zero_(module):
-    """Zero the parameters: a residual branch then starts as the identity."""
+    """Zero the parameters: a residual block, its branch being 0, then starts as the identity."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
@@ -368,10 +376,10 @@ class ResBlock(nn.Module):
 class UNet(nn.Module):
     """F(x, t, y): (B, C, H, W), (B,), labels (B,) or None -> (B, C, H, W).
 
-    size: height of the images that `attention` speaks of; width: channels at full resolution, a
-    multiple of 4; mults: of the width, and blocks: per level; attention: heights of maps at which
-    to attend, if any then in the middle too; classes: number of labels, of which `classes` (or
-    y = None) is "no label".  The defaults are the usual CIFAR-10 net: 35.5M parameters.
+    width: channels at full resolution, a multiple of 4; mults: of the width, and blocks: per level;
+    attention: heights of the feature maps, for images of this size, at which to attend, if any
+    then also in the middle; classes: number of labels; label `classes`, or y = None, is "no label".
+    The defaults are the usual CIFAR-10 net: 35.5M parameters.
     Raises ValueError for a height or width that is not divisible by 2^(levels − 1).
     """
 
@@ -379,7 +387,7 @@ class UNet(nn.Module):
                  attention=(16,), dropout=0.0, classes=0):
         super().__init__()
         if width % 4 or not mults or min(*mults, width, blocks, channels) < 1:
-            raise ValueError("width must be a multiple of 4; mults and blocks at least 1")
+            raise ValueError("width must be a multiple of 4; mults, blocks, channels at least 1")
         self.width, self.classes, self.divisor = width, classes, 2 ** (len(mults) - 1)
         self.check_size(size, size)
         emb_dim, widths = 2 * width, [m * width for m in mults]
@@ -391,18 +399,20 @@ class UNet(nn.Module):
         self.up, self.leave = nn.ModuleList(), nn.ModuleList()  # the same levels
         for i, c in enumerate(widths):
             attend = size // 2**i in attention
-            above, below = [width, *widths][i], [*widths, c][i + 1]  # channels of the neighbours
+            above = width if i == 0 else widths[i - 1]  # channels of the finer level
+            below = c if i == len(mults) - 1 else widths[i + 1]  # and of the coarser one
             halve = nn.Conv2d(above, above, 3, stride=2, padding=1)
             self.enter.append(halve if i > 0 else nn.Conv2d(channels, width, 3, padding=1))
             inputs = [above] + [c] * (blocks - 1)
             self.down.append(nn.ModuleList(block(n, c, attention=attend) for n in inputs))
-            inputs = [below + c] + [c + c] * (blocks - 1) + [c + above]  # with what was skipped
+            inputs = [below + c] + [c + c] * (blocks - 1) + [c + above]  # and the skips, last first
             self.up.append(nn.ModuleList(block(n, c, attention=attend) for n in inputs))
             double = nn.Sequential(nn.Upsample(scale_factor=2.0), nn.Conv2d(c, c, 3, padding=1))
             self.leave.append(double if i > 0 else nn.Identity())
+        c = widths[-1]
         self.middle1, self.middle2 = block(c, c, attention=any(attention)), block(c, c)
-        self.out_norm = group_norm(width * mults[0])
-        self.out = zero_(nn.Conv2d(width * mults[0], channels, 3, padding=1))
+        self.out_norm = group_norm(widths[0])
+        self.out = zero_(nn.Conv2d(widths[0], channels, 3, padding=1))
 
     def check_size(self, H, W):
         if H % self.divisor or W % self.divisor:
@@ -474,7 +484,7 @@ def pixels(images):
 
 def resize_as_tensorflow_1(x, size=299):
     """Bilinear (B, C, H, W) -> (B, C, size, size): pixel i from i H/size, and no antialiasing."""
-    x = F.pad(x, (0, 1, 0, 1), "replicate")  # now pixel H goes to pixel size: corner to corner
+    x = F.pad(x, (0, 1, 0, 1), "replicate")  # then corners map to corners, H to size
     x = F.interpolate(x, (size + 1, size + 1), mode="bilinear", align_corners=True)
     return x[..., :size, :size]
 
@@ -502,10 +512,10 @@ def inception(file="", device="cpu"):
     net.fc = nn.Identity()
     net = net.eval().requires_grad_(False).to(device)
 
-    def pool_by(pool, block):  # torchvision pools by a plain function: catch what went into it
-        seen = []
-        block.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
-        block.branch_pool.register_forward_pre_hook(lambda _, x: (pool(seen.pop()),))
+    def pool_by(pool, block):  # torchvision's forward() pools: pool what came into it once more
+        entered = []
+        block.register_forward_pre_hook(lambda _, x: entered.append(x[0]))
+        block.branch_pool.register_forward_pre_hook(lambda _, x: (pool(entered.pop()),))
 
     for block in net.children():
         if block is net.Mixed_7c:
@@ -514,10 +524,13 @@ def inception(file="", device="cpu"):
             pool_by(nn.AvgPool2d(3, 1, 1, count_include_pad=False), block)
 
     def features(images):
-        x = resize_as_tensorflow_1(images.to(device).float()).expand(-1, 3, -1, -1)
-        return net((x - 128) / 128)
+        found = []
+        for part in images.split(50):  # 1 GB at a time
+            x = resize_as_tensorflow_1(part.to(device).float()).expand(-1, 3, -1, -1)
+            found.append(net((x - 128) / 128))
+        return torch.cat(found)
 
-    return lambda images: torch.cat([features(part) for part in images.split(50)])  # 1 GB at a time
+    return features
 
 
 def fit_gaussian(batches, features):
@@ -531,7 +544,8 @@ def fit_gaussian(batches, features):
         if images.dtype != torch.uint8 or images.dim() != 4:
             raise ValueError(f"{images.dtype} {tuple(images.shape)} is no uint8 (B, C, H, W)")
         f = features(images).cpu().double()
-        origin = origin if n else f[0]  # sums about one sample: a large mean would cancel digits
+        if n == 0:
+            origin = f[0]  # sums are about one sample: a large mean would cancel digits
         f = f - origin
         n, total, squares = n + len(f), total + f.sum(0), squares + f.T @ f
     if n < 2 or not torch.isfinite(total).all():
@@ -584,10 +598,10 @@ def decode(file, size, mode, bad):
     """One image file, upright, its central square at size x size: bytes in the order (C, H, W)."""
     try:
         with Image.open(file) as image:
-            if image.mode == "F" or image.mode == "I" and image.format != "PNG":  # there, 16 bits
+            if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
                 raise ValueError(f"pixels of mode {image.mode} may mean any range of grey")
             image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits: Pillow would clip them, not scale
+        if image.mode.startswith("I"):  # 16 bits, in a PNG too: Pillow would clip, not scale them
             image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
         image = ImageOps.fit(image.convert("RGBA"), (size, size), Image.LANCZOS)
         white = Image.new("RGBA", image.size, "white")
@@ -602,9 +616,9 @@ def decode_all(files, size, f):
     """Decode files into an open .npy file: uint8 (N, C, size, size), grey if all of them are."""
     bad, mode = [], "L"
     for file in files:
-        with contextlib.suppress(Exception), Image.open(file) as image:
+        with contextlib.suppress(Exception), Image.open(file) as image:  # decode will complain
             mode = "RGB" if Image.getmodebase(image.mode) == "RGB" else mode
-    shape = (len(files), len(mode), size, size)
+    shape = (len(files), 3 if mode == "RGB" else 1, size, size)
     np.lib.format.write_array_header_1_0(f, dict(descr="|u1", fortran_order=False, shape=shape))
     with ThreadPoolExecutor() as pool:
         for part in in_batches(len(files), 256, "decoding"):
@@ -614,15 +628,18 @@ def decode_all(files, size, f):
 
 
 def load_folder(folder, data_dir, size):
-    """All images below a folder: its subfolders are the classes, len(names) is beside them."""
+    """All images below a folder.  Its subfolders are the classes; images beside them have none.
+
+    They are decoded once, into a memory-mapped array in data_dir that need not fit in memory.
+    """
     kinds = {*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif", ".avif", ".heic", ".heif"}
     root, files, others = Path(folder).resolve(), {}, []
     for name in glob.iglob("**/*", root_dir=root, recursive=True):
-        path = root / name
+        path = root / name  # glob follows links and skips hidden names
         circle = path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve())
         if circle or not os.access(path, os.R_OK):
             raise ValueError(f"{path} is a broken link, a link in a circle, or not to be read")
-        if path.suffix.lower() in kinds:
+        if path.suffix.lower() in kinds and not path.is_dir():
             files[path] = unicodedata.normalize("NFC", os.path.dirname(name)).split(os.sep)[0]
         elif not path.is_dir():
             others.append(path.suffix or name)
@@ -633,7 +650,7 @@ def load_folder(folder, data_dir, size):
     files, names = dict(sorted(files.items())), sorted({*files.values()} - {""})
     if "train" in names and {*names} <= {"train", "val", "valid", "validation", "test"}:
         raise ValueError(f"{folder} holds splits, not classes: name one, as {root / 'train'}")
-    index = {name: i for i, name in enumerate([*names, ""])}
+    index = {name: i for i, name in enumerate([*names, ""])}  # "": label K, no class
     labels = torch.tensor([index[name] for name in files.values()])
     content = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     array = cached(data_dir, f"{root.name}-{size}", repr(content).encode(), (len(files), size),
@@ -642,12 +659,12 @@ def load_folder(folder, data_dir, size):
 
 
 def load_data(name, data_dir, size, test=False):
-    """The data of a --data argument, downloaded if need be; test: those kept from training."""
+    """The data of a --data argument, downloaded if need be; test: not the training split."""
     if name == "digits":
         return draw_digits(20_000, size, seed=int(test))
-    if name not in TORCHVISION and test:
-        raise ValueError(f"the folder {name} has no test split: name a folder instead")
     if name not in TORCHVISION:
+        if test:
+            raise ValueError(f"the folder {name} has no test split: name a folder instead")
         return load_folder(name, data_dir, size)
     try:
         data = TORCHVISION[name](data_dir, train=not test, download=True)
@@ -698,24 +715,29 @@ def atomic(file):
             yield f
             f.flush()
             os.fsync(f.fileno())
-        for seconds in (0.2, 1, 4):  # Windows keeps a file that a viewer has open
-            with contextlib.suppress(PermissionError):
-                return os.replace(temporary, file)
-            time.sleep(seconds)
-        os.replace(temporary, file)
+        for seconds in (0.2, 1, 4, 0):
+            try:
+                os.replace(temporary, file)
+                break
+            except PermissionError:  # Windows keeps a file that a viewer has open: try again
+                if seconds == 0:
+                    raise
+                time.sleep(seconds)
     finally:
         with contextlib.suppress(OSError):  # which would hide the error that led here
             temporary.unlink()
 
 
 def cached(data_dir, name, content, ends, make):
-    """The memory-mapped array that make(f) writes into an open .npy file, once per content.
+    """An array that make(f) writes into an open .npy file in data_dir, memory-mapped.
 
-    ends: its first and last length; a file that is damaged or of another shape is made again.
+    It is made once for each content, the bytes that decide it; again if the file is damaged or
+    the first and last lengths of the array are not ends.
     """
     for old in Path(data_dir).glob("tmp-*"):
-        if time.time() - old.stat().st_mtime > 86400:  # of a process that was killed
-            old.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # another process may finish it meanwhile
+            if time.time() - old.stat().st_mtime > 86400:  # of a process that was killed
+                old.unlink()
     npy = Path(data_dir, f"{name}-{hashlib.sha256(content).hexdigest()[:16]}.npy")
     with contextlib.suppress(OSError, ValueError, EOFError, IndexError):
         array = np.load(npy, mmap_mode="c")
@@ -745,7 +767,7 @@ RECIPES = {  # what a data set changes in them
                    batch=64, lr=1e-3, warmup=200, steps=20_000, ema=0.999, save_every=1000),
 }
 SAMPLE = dict(ckpt="", n=64, label="", guidance=1.0, solver="midpoint", steps=20, tolerance=1e-5,
-              seed=0, batch=128, device="", amp="")
+              seed=0, batch=128, device="", amp="off", compile=False)
 AMP = dict(bf16=torch.bfloat16, fp16=torch.float16)  # mixed precision: the type of matrix work
 
 
@@ -760,7 +782,8 @@ class Muon(torch.optim.Optimizer):
     def step(self):
         for kernels, lr in ((group["params"], group["lr"]) for group in self.param_groups):
             G = torch.stack([kernel.grad for kernel in kernels]).flatten(2)  # (n, c_out, k² c_in)
-            momentum = self.state[kernels[0]].setdefault("momentum", torch.zeros_like(G))
+            state = self.state[kernels[0]]  # of the whole group
+            momentum = state.setdefault("momentum", torch.zeros_like(G))
             X = G.lerp(momentum.lerp_(G, 0.1), 0.9)  # Nesterov's look ahead
             X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-12)
             for _ in range(3):  # Newton-Schulz: an odd polynomial leads the singular values that
@@ -783,27 +806,31 @@ def draw_batch(images, labels, config, step, device):
         x_0 = ot_coupling(x_0, x_1, y if K else None)
     if K:  # label K is "no label", for guidance
         y = torch.where(torch.rand(B, device=device) < config.label_drop, K, y)
-    logits = torch.randn(B, device=device)  # their times are rare at the ends, which are easy
-    t = logits.sigmoid() if config.time == "logit-normal" else torch.rand(B, device=device)
+    t = torch.rand(B, device=device)
+    if config.time == "logit-normal":  # rarer near 0 and 1, where there is less to learn
+        t = torch.randn(B, device=device).sigmoid()
     return x_1, y, x_0, t
 
 
 def build(config, device, checkpoint=None):
-    """What a config describes and a checkpoint keeps, by name; with the state that it keeps."""
+    """A config's model, ema, optimizers and scaler by name, in the state that a checkpoint kept."""
     torch.manual_seed(config.seed)
-    layout = torch.contiguous_format if device == "mps" else torch.channels_last  # 7% faster
+    layout = torch.contiguous_format if device == "mps" else torch.channels_last
     model, others, kernels = Velocity(config).to(device, memory_format=layout), [], {}
     for p in model.parameters():
-        muon = config.optimizer == "muon" and p.dim() == 4 and min(p.shape[:2]) >= 16
-        (kernels.setdefault(p.shape, []) if muon else others).append(p)
+        if config.optimizer == "muon" and p.dim() == 4 and min(p.shape[:2]) >= 16:
+            kernels.setdefault(p.shape, []).append(p)
+        else:
+            others.append(p)
     parts = dict(model=model, ema=copy.deepcopy(model).eval().requires_grad_(False),
                  adamw=torch.optim.AdamW(others, weight_decay=0, fused=True),
                  scaler=torch.amp.GradScaler(device, enabled=config.amp == "fp16"))
     if kernels:
         parts["muon"] = Muon([dict(params=group) for group in kernels.values()], dict(lr=0.0))
-    for name, part in parts.items() if checkpoint else ():
-        if name != "scaler" or checkpoint[name]:  # {} unless the run was in fp16
-            part.load_state_dict(checkpoint[name])
+    if checkpoint:
+        for name, part in parts.items():
+            if name != "scaler" or checkpoint[name]:  # that is {} unless the run was in fp16
+                part.load_state_dict(checkpoint[name])
     return parts
 
 
@@ -831,6 +858,7 @@ def make_images(velocity, args, nfes):
     args: all of SAMPLE.  With classes, image i is of args.label, or of class i mod K.
     """
     config, names, device = velocity.config, velocity.config.names, args.device
+    velocity = compiled(velocity, device) if args.compile else velocity
     if args.label not in ["", *names]:
         raise ValueError(f"--label {args.label}: this model, of --classes, knows {names}")
     if args.guidance != 1 and not (names and config.label_drop):
@@ -854,7 +882,7 @@ def save(config, step, parts, log, grid):
         with contextlib.redirect_stdout(io.StringIO()):
             images = torch.cat([*make_images(parts["ema"], args, [])])
         with atomic(Path(config.out, f"step-{step:06d}.png")) as f:
-            picture_grid(images, 8).save(f)
+            picture_grid(images, 8).save(f, "PNG")
     checkpoint = {name: part.state_dict() for name, part in parts.items()}
     with atomic(Path(config.out, "checkpoint.pt")) as f:
         torch.save(checkpoint | dict(step=step, config=vars(config), log=log), f)
@@ -871,7 +899,7 @@ def compiled(model, device):
 
 
 def start_ranks(device):
-    """rank, world size, device; under torchrun each process drives one GPU, or a CPU share."""
+    """rank, number of ranks, device; under torchrun a process drives a GPU, or shares the CPU."""
     if "RANK" not in os.environ:
         return 0, 1, torch.device(device)
     backend, gpu = "gloo", None
@@ -887,34 +915,35 @@ def start_ranks(device):
 
 @torch.no_grad()
 def update(parts, config, step):
-    """One step of both optimizers along the clipped gradient, and of the EMA; returns its norm."""
+    """One step of both optimizers and of the EMA; returns the gradient's norm before clipping."""
     velocity, scaler = parts["model"], parts["scaler"]
     optimizers = [parts[name] for name in ("adamw", "muon") if name in parts]
-    fall = 1 - (step - 1) / config.steps  # 0 would be the step after the last
+    warm_up = min(1, step / max(1, config.warmup))
+    decay = 1 - (step - 1) / config.steps  # linear; 0 would be the step after the last
     for optimizer in optimizers:
         scaler.unscale_(optimizer)  # before clipping
         for group in optimizer.param_groups:
-            group["lr"] = config.lr * fall * min(1, step / max(1, config.warmup))
+            group["lr"] = config.lr * warm_up * decay
     norm = nn.utils.clip_grad_norm_(velocity.parameters(), config.clip)
     if not scaler.is_enabled() or norm.isfinite():  # fp16 skips an overflow
         for optimizer in optimizers:
             optimizer.step()
     scaler.update()
     velocity.zero_grad()
-    decay = min(config.ema, (1 + step) / (10 + step))  # soon forgets the initial weights
-    torch._foreach_lerp_([*parts["ema"].parameters()], [*velocity.parameters()], 1 - decay)
+    keep = min(config.ema, (1 + step) / (10 + step))  # soon forgets the initial weights
+    torch._foreach_lerp_([*parts["ema"].parameters()], [*velocity.parameters()], 1 - keep)
     return norm
 
 
-def train(config, checkpoint=None, stops=None):
+def train(config, checkpoint=None, stops=()):
     """Train by a config, all of TRAIN; fills config.out with checkpoint.pt, log.jsonl and grids.
 
-    From a checkpoint that load() read it goes on, bit by bit on a CPU.  Once the list `stops` has
-    something in it, the run ends with a checkpoint.  Returns the last step.
+    From a checkpoint that load() read it goes on, bit by bit on a CPU.  stops: a list; once there
+    is something in it, as a signal, the run ends with a checkpoint.  Returns the last step.
     """
     rank, world, device = start_ranks(config.device)
-    first = os.environ.get("LOCAL_RANK", "0") == "0"  # it downloads or decodes, the others wait
-    if not first:
+    first = os.environ.get("LOCAL_RANK", "0") == "0"  # of its machine: it downloads or decodes,
+    if not first:  # the others wait
         dist.barrier()
     images, labels, names = load_data(config.data, config.data_dir, config.size)
     if first and world > 1:
@@ -923,54 +952,59 @@ def train(config, checkpoint=None, stops=None):
         raise ValueError(f"--batch must be divisible by the {world} ranks, and --classes needs "
                          f"class subfolders: {config.data} has {len(names)}")
     found = dict(channels=images.shape[1], names=names if config.classes else [])
-    rms = to_float(images[:: 1 + len(images) // 1000]).square().mean().sqrt().item()
-    config = argparse.Namespace(**dict(data_rms=rms) | found | vars(config))
-    if vars(config) | found != vars(config):
+    if checkpoint and found != {k: vars(config)[k] for k in found}:
         raise ValueError(f"{config.data} has other channels or classes than {config.out}")
+    if not checkpoint:
+        rms = to_float(images[:: 1 + len(images) // 1000]).square().mean().sqrt().item()
+        config = argparse.Namespace(**vars(config), **found, data_rms=rms)
     if device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info(device)[1] / 4:
         images, labels = images.to(device), labels.to(device)
 
     parts = build(config, device.type, checkpoint)
-    model = velocity = parts["model"]  # saved and averaged is this, without the wrappers
+    velocity = parts["model"]  # it is saved and averaged without the wrappers that follow
+    model = velocity
     if world > 1:
         model = nn.parallel.DistributedDataParallel(model)
-    worth = device.type == "cuda" and config.steps >= 5000  # compiling takes a minute
-    if worth if config.compile is None else config.compile:
+    long = device.type == "cuda" and config.steps >= 5000  # compiling takes a minute
+    if config.compile or (config.compile is None and long):
         model = compiled(model, device)
     torch.backends.cudnn.benchmark = True  # shapes are fixed
     start, log = (checkpoint["step"], checkpoint["log"]) if checkpoint else (0, [])
-    out = Path(config.out)
+    out, old = Path(config.out), ["tmp-*"]
     out.mkdir(parents=True, exist_ok=True)
-    old = ["tmp-*"] if checkpoint else ["tmp-*", "checkpoint.pt", "step-*.png"]  # --overwrite
-    for file in [file for kind in old for file in out.glob(kind)] if rank == 0 else []:
-        file.unlink()
+    if config.overwrite and not checkpoint:
+        old += ["checkpoint.pt", "step-*.png"]
+    if rank == 0:
+        for file in [file for kind in old for file in out.glob(kind)]:
+            file.unlink()
     logged = open(os.devnull if rank else out / "log.jsonl", "w", buffering=1)
-    logged.writelines(json.dumps(row) + "\n" for row in log)  # of the checkpoint, no later
+    logged.writelines(json.dumps(row) + "\n" for row in log)  # not what followed the checkpoint
     print(f"{config.data}: {len(images):,} images of {(*images.shape[1:],)}, {len(names)} classes",
           *names[:5], f"\n{sum(p.numel() for p in velocity.parameters()):,} parameters, path "
           f"{config.path}, amp {config.amp}, {world} x {device} with {config.batch // world} images"
           f" each; {config.steps:,} steps into {out}/")
 
-    stops, since, seen = [] if stops is None else stops, time.perf_counter(), []
-    for step in range(start + 1, config.steps + 1):  # between log lines nothing waits for a GPU
+    since, seen, unread, step = time.perf_counter(), [], False, start
+    for step in range(start + 1, config.steps + 1):  # no wait for a GPU but in fp16 and to log
         batch = draw_batch(images, labels, config, step, device)
         x_1, y, x_0, t = (part.chunk(world)[rank] for part in batch)
         torch.manual_seed(hash((config.seed, step, rank)))  # dropout differs between ranks
         with torch.autocast(device.type, AMP.get(config.amp), enabled=config.amp in AMP):
-            v, weight = functools.partial(model, y=y), velocity.scales(t)[2] ** -2
-            loss = cfm_loss(v, PATHS[config.path], x_1, x_0, t, weight)
+            _, _, c_out = velocity.scales(t)
+            v = functools.partial(model, y=y)
+            loss = cfm_loss(v, PATHS[config.path], x_1, x_0, t, weight=c_out**-2)
         parts["scaler"].scale(loss).backward()
         seen.append(torch.stack([loss.detach(), update(parts, config, step)]))
 
-        stopping = torch.tensor(float(len(stops) > 0))
+        stopping = torch.tensor(float(unread or len(stops) > 0))
         if world > 1:  # ranks leave together
             dist.all_reduce(stopping)
-        saving = stopping or step % config.save_every == 0 or step == config.steps
+        saving = stopping > 0 or step % config.save_every == 0 or step == config.steps
         if not saving and step % config.log_every:
             continue
         losses, norms = torch.stack(seen, 1)
         bad = [step - len(seen) + 1 + i for i in (~norms.isfinite()).nonzero().flatten().tolist()]
-        if bad and parts["scaler"].get_scale() <= 1:  # above 1, fp16 skips an overflow
+        if bad and parts["scaler"].get_scale() <= 1:  # fp16 halves it, down from 65536; else 1
             raise FloatingPointError(f"the gradient of step {bad[0]} is not finite; the last "
                                      "checkpoint is kept: try a lower --lr")
         loss = losses.mean() / world
@@ -983,10 +1017,10 @@ def train(config, checkpoint=None, stops=None):
         try:
             print(f"step {step:,}/{config.steps:,}  {config.batch * rate:,.0f} images/s  "
                   f"{left} left  loss {loss:.4f}", flush=True)
-        except OSError:  # nobody reads any more: the next step ends, as by SIGPIPE
-            stops.append(13)
+        except OSError:  # nobody reads any more: stop after the next step
+            unread = True
         if saving and rank == 0:
-            save(config, step, parts, log, grid=not stops)
+            save(config, step, parts, log, grid=not stopping)
         if stopping:
             break
         since, seen = time.perf_counter(), []
@@ -1018,15 +1052,16 @@ def measure_paths(means, tau, particles=1000, seed=0):
 
 def evaluations_ratio(table, solver="euler"):
     """Evaluations that ot needs over those of vp at equal error: geometric mean, log-log."""
-    ot, vp = ({math.log(error): math.log(key[2]) for key, (_, error) in table.items()
-               if key[:2] == (name, solver)} for name in ("ot", "vp"))
-    shared = [error for error in vp if min(ot) <= error <= max(ot)]  # no extrapolation
-    nfe = np.interp(shared, sorted(ot), [ot[error] for error in sorted(ot)])
-    return math.exp(np.mean(nfe - [vp[error] for error in shared]))
+    rows = [(path, math.log(error), math.log(nfe))
+            for (path, by, nfe), (_, error) in table.items() if by == solver]
+    ot = sorted(row[1:] for row in rows if row[0] == "ot")  # by rising error
+    vp = [row[1:] for row in rows if row[0] == "vp" and ot[0][0] <= row[1] <= ot[-1][0]]
+    ot_nfe = np.interp([error for error, _ in vp], *zip(*ot, strict=True))
+    return math.exp(np.mean(ot_nfe - [nfe for _, nfe in vp]))
 
 
 def draw_paths(means, tau, seed=0):
-    """A picture.  Rows: paths.  Columns: particles on the field and the ways of some, by time."""
+    """A picture.  Rows: paths.  Columns: times; 400 particles, and the ways of 24 until then."""
     noise, font, panels = draw_noise(seed, range(400), (2,)), ImageFont.load_default(34), []
     for name, path in PATHS.items():
         v = functools.partial(marginal_velocity, path, means=means, tau=tau)
@@ -1034,12 +1069,13 @@ def draw_paths(means, tau, seed=0):
         for i in range(100):
             way.append(odeint(v, way[-1], i / 100, (i + 1) / 100, "rk4", steps=1)[0])
         for i in (0, 25, 50, 75, 100):
-            half = max(3.0, way[i].abs().max().item())  # axes from −half to half, y upwards
+            half = max(3.0, way[i].abs().max().item())  # axes from −half to half
             board = Image.new("RGB", (600, 600), "white")  # drawn large, then averaged down
-            draw, at = ImageDraw.Draw(board), torch.stack(way[: i + 1]) * torch.tensor([1, -1])
+            draw = ImageDraw.Draw(board)
+            at = (torch.stack(way[: i + 1]) * torch.tensor([1, -1]) / half + 1) * 300  # y upwards
             for line in at[:, :24].transpose(0, 1):
-                draw.line(((line / half + 1) * 300).flatten().tolist(), "#d35400", 2)
-            for dot in ((at[-1] / half + 1) * 300).tolist():
+                draw.line(line.flatten().tolist(), "#d35400", 2)
+            for dot in at[-1].tolist():
                 draw.circle(dot, 3, "#202020")
             draw.text((12, 8), f"{name}, t = {i / 100:g}, axes to ±{half:.3g}", "black", font)
             panels.append(pil_to_tensor(board.reduce(2)))
@@ -1048,6 +1084,7 @@ def draw_paths(means, tau, seed=0):
 
 # §11  Command line ------------------------------------------------------------------------------
 
+# A line a flag: its choices, if it has any, each before a |, then what it means.
 HELP = f"""
 amp        bf16 | fp16 | off | mixed precision; default: by device, off for dopri5
 attention  heights of maps to attend at, as 16,8; or none
@@ -1056,7 +1093,7 @@ blocks     residual blocks per level
 ckpt       checkpoint; default: the newest runs/*/checkpoint.pt
 classes    learn to make images of a given class
 clip       largest norm of the gradient
-compile    torch.compile; default: on CUDA from 5000 steps
+compile    torch.compile; default of train: on CUDA from 5000 steps
 coupling   independent | ot | ot: minibatch optimal transport
 data       digits, {', '.join(TORCHVISION)}, or a folder of images
 data_dir   of downloads and decoded images; default: as in training
@@ -1104,16 +1141,17 @@ def integers(text):
 
 
 def check_flags(flags):
-    """Raises ValueError for a number that is not positive and finite, but for MAY_BE_0."""
+    """Raises ValueError for a number out of range: of MAY_BE_0 from 0, of AT_MOST_1 to 1."""
     for flag, value in flags.items():
-        low, high = 0 if flag in MAY_BE_0 else 1e-12, 1 if flag in AT_MOST_1 else 1e12
+        low = 0 if flag in MAY_BE_0 else 1e-12
+        high = 1 if flag in AT_MOST_1 else 1e12
         values = (value or [0]) if isinstance(value, list) else [value]  # "none" counts as 0
         if not all(low <= x <= high for x in values if type(x) in (int, float)):
             raise ValueError(f"--{flag.replace('_', '-')} {value} is not from {low:g} to {high:g}")
 
 
 def check_free(out, overwrite):
-    """Raises ValueError if out is a file, or a folder with something in it."""
+    """Raises ValueError, unless overwrite, if out is a file or a folder with something in it."""
     if not overwrite and (out.is_file() or any(out.glob("*"))):
         raise ValueError(f"{out} exists: try --overwrite, or train --resume")
 
@@ -1128,48 +1166,61 @@ def look_around(name):
         raise ValueError(f"no {name} works here ({error}): use --device cpu") from None
     if name == "cuda":
         amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    runs = "runs/*/checkpoint.pt"
-    return name, amp, max(Path().glob(runs), key=os.path.getmtime, default=Path(runs))
+    files = sorted(Path("runs").glob("*/checkpoint.pt"), key=os.path.getmtime)
+    return name, amp, files[-1] if files else Path("runs/*/checkpoint.pt")  # load() says: none
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """The list of the stop signals that came.  The second one, and any later, act as ever."""
+    caught, before = [], {}
+
+    def note(number, _):
+        caught.append(number)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.write(2, b"stopping after this step; once more stops at once\n")  # print could be busy
+
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)  # Windows has no SIGHUP
+        if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+            before[number] = signal.signal(number, note)
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def run_train(defaults, typed):
     """Learn to make images from noise."""
     device, amp, newest = look_around(typed.get("device"))
-    flags, checkpoint = defaults | typed, None
-    out = Path(flags["out"] or f"runs/{Path(flags['data']).resolve().name}-{flags['path']}")
-    known = RECIPES.get(flags["data"], RECIPES["folder"])
-    if flags["resume"]:
+    data, path = typed.get("data", defaults["data"]), typed.get("path", defaults["path"])
+    out = Path(typed.get("out", f"runs/{Path(data).resolve().name}-{path}"))
+    known, checkpoint = RECIPES.get(data, RECIPES["folder"]), None
+    if typed.get("resume"):
         out = out if typed.keys() & {"out", "data", "path"} else newest.parent
         checkpoint, _ = load(out / "checkpoint.pt")
         known = checkpoint["config"]
         for flag in typed.keys() - MAY_CHANGE:
             if typed[flag] != known[flag]:
                 raise ValueError(f"--{flag} cannot change: {out} began with {known[flag]}")
-    flags = defaults | dict(amp=amp) | known | typed | dict(device=device, out=str(out))
-    config = argparse.Namespace(**flags)
-    if out.resolve().is_relative_to(Path(config.data).resolve()):
+    here = dict(device=device, out=str(out))
+    config = argparse.Namespace(**defaults | dict(amp=amp) | known | typed | here)  # the last wins
+    if (device, config.amp) == ("mps", "fp16"):
+        raise ValueError("--amp fp16: its loss scaling does not work on mps; take bf16 or off")
+    if Path(config.data).is_dir() and out.resolve().is_relative_to(Path(config.data).resolve()):
         raise ValueError(f"--out {out} is inside --data {config.data}")
     if checkpoint and checkpoint["step"] >= config.steps:
         raise ValueError(f"{out} is at step {checkpoint['step']:,}: ask for more --steps")
     if not checkpoint:
         UNet(1, config.size, config.width, config.mults)  # refuses a bad shape before any work
         check_free(out, config.overwrite)
-    caught, handlers = [], contextlib.ExitStack()  # signals, and what they did before
-
-    def note(number, _):
-        caught.append(number)
-        handlers.close()  # puts them back
-        os.write(2, b"stopping after this step; once more stops at once\n")  # print could be busy
-
-    with handlers:
-        for name in {"SIGINT", "SIGTERM", "SIGHUP"} & {*dir(signal)}:  # Windows has no SIGHUP
-            number = getattr(signal, name)
-            if signal.getsignal(number) != signal.SIG_IGN:  # nohup
-                handlers.callback(signal.signal, number, signal.signal(number, note))
+    with stop_signals() as caught:
         step = train(config, checkpoint, caught)
     if step < config.steps:
         print("go on with: python flow_matching.py train --resume --out", shlex.quote(str(out)))
-        sys.exit(128 + caught[0])
+        sys.exit(128 + (caught or [signal.SIGTERM])[0])  # none: another rank caught it
 
 
 def open_model(defaults, typed):
@@ -1183,8 +1234,8 @@ def open_model(defaults, typed):
     if config.data not in ("digits", *TORCHVISION):
         known["reference"] = "train"  # a folder has no test split
     args = argparse.Namespace(**defaults | known | typed)
-    if args.solver == "dopri5" or "amp" not in defaults:
-        args.amp = typed.get("amp", "off")  # dopri5's error control would chase the rounding
+    if args.solver == "dopri5" or "amp" not in defaults:  # nll has none; dopri5 would take the
+        args.amp = typed.get("amp", "off")  # rounding for its error
     if args.solver == "dopri5" and "steps" in typed:
         raise ValueError("dopri5 chooses its steps: leave out --steps, or take --solver rk4")
     print(f"{file}: {config.data}, path {config.path}, step {checkpoint['step']:,}, EMA weights")
@@ -1202,22 +1253,24 @@ def run_sample(args, velocity):
     """Make images from the EMA weights of a checkpoint: a grid, or one PNG per image."""
     out = Path(args.out or Path(args.ckpt).with_name("samples.png"))
     check_free(out, args.overwrite or not args.out)
-    names = [args.label] if args.label else velocity.config.names
-    marks, nfes = [f"-{name}".replace("/", "_") for name in names] or [""], []
+    marks = {name: "-" + name.replace("/", "_") for name in velocity.config.names} or {"": ""}
+    marks_made = [marks[args.label]] if args.label in marks else [*marks.values()]
+    nfes = []
     images = itertools.chain.from_iterable(make_images(velocity, args, nfes))
     if out.suffix.lower() == ".png":
-        columns = len(marks) * max(1, round(args.n**0.5 / len(marks)))
+        K = len(marks_made)
+        columns = K * max(1, round(args.n**0.5 / K))  # about square, a class a column
         with atomic(out) as f:
             picture_grid(torch.stack([*images]), columns).save(f, "PNG")
     else:
         out.mkdir(parents=True, exist_ok=True)
-        old = {file for mark in marks for file in out.glob("[0-9]" * 6 + f"{mark}.png")}
+        made = set()
         for i, image in enumerate(images):
-            file = out / f"{i:06d}{marks[i % len(marks)]}.png"
-            to_pil_image(image).save(file)
-            old.discard(file)
-        for file in old:  # of the run that --overwrite replaces
-            file.unlink()
+            made.add(out / f"{i:06d}{marks_made[i % len(marks_made)]}.png")
+            to_pil_image(image).save(out / f"{i:06d}{marks_made[i % len(marks_made)]}.png")
+        for mark in marks.values():  # what is left of a run that --overwrite replaces
+            for file in {*out.glob("[0-9]" * 6 + glob.escape(f"{mark}.png"))} - made:
+                file.unlink()
     print(f"{out}: {args.n:,} images, {args.solver}, NFE {np.mean(nfes):g}, amp {args.amp}")
 
 
@@ -1238,15 +1291,15 @@ def run_fid(args, velocity, images):
         raise ValueError("pixels take no --inception, and images of at most 4096 numbers")
     parts = (images[part] for part in in_batches(len(images), 1000, "reference"))
     content = repr(images.shape).encode() + images.numpy().tobytes()
-    mean, *cov = cached(args.data_dir, args.features, content, (D + 1, D),
-                        lambda f: np.save(f, np.vstack(fit_gaussian(parts, features))))
+    real = cached(args.data_dir, args.features, content, (D + 1, D),  # mean above covariance
+                  lambda f: np.save(f, np.vstack(fit_gaussian(parts, features))))
     for steps in args.steps:
-        args.steps = steps  # its row says so
+        one = argparse.Namespace(**vars(args) | dict(steps=steps, label=""))
         nfes, since = [], time.perf_counter()
-        made = fit_gaussian(make_images(velocity, args, nfes), features)
-        distance = frechet_distance(*made, mean, np.array(cov))
+        made = fit_gaussian(make_images(velocity, one, nfes), features)
+        distance = frechet_distance(*made, real[0], real[1:])
         text = f"{title} {distance:.4f}: {args.n:,} made, {len(images):,} of {args.reference}"
-        report(args, text, since, nfes, frechet_distance=distance, n_reference=len(images))
+        report(one, text, since, nfes, frechet_distance=distance, n_reference=len(images))
     if args.n < 50_000:
         print("under 50,000 images: not comparable with papers")
     if min(args.n, len(images)) <= D:
@@ -1257,7 +1310,9 @@ def run_nll(args, velocity, images):
     """Bits per dimension of images, -log2 p(image) / numbers in an image, without a class."""
     config = velocity.config
     if config.names and not config.label_drop:
-        raise ValueError("nll needs a model with a --label-drop")
+        raise ValueError("nll needs a model that knows images without a class, by --label-drop")
+    if min(args.n, len(images)) < 2:
+        raise ValueError("nll needs at least two images, for its standard error")
     n, K, shape = min(args.n, len(images)), args.k, images.shape[1:]
     chosen = np.random.default_rng(args.seed).permutation(len(images))
     log_p, nfes, since = [], [], time.perf_counter()
@@ -1265,7 +1320,8 @@ def run_nll(args, velocity, images):
         rows = [j // K for j in part]
         u = torch.special.ndtr(draw_noise((args.seed, 1), part, shape))  # Φ(normal) is uniform
         x = (images[chosen[rows]] + u) / 128 - 1
-        # one draw of signs for all K: their errors would bias the mean over draws upwards
+        # the K draws of an image share their signs: several errors would not cancel in
+        # bits_per_dim's mean of exponentials but raise it
         signs = draw_noise((args.seed, 2), rows, shape).sign().to(args.device)
         one, nfe = log_likelihood(velocity, x.to(args.device), PATHS[config.path],
                                   None if args.exact else [signs], solver=args.solver,
@@ -1287,7 +1343,7 @@ def run_paths(defaults, typed):
     means, tau = 2 * torch.stack([angles.cos(), angles.sin()], 1), 0.1
     table = measure_paths(means, tau, seed=args.seed)
     print("landed: within 3 tau of a mean; error: mean squared, against 1000 rk4 steps\n"
-          "solver    NFE" + "".join(f"   {name} landed  error  " for name in PATHS))
+          "solver    NFE" + "".join(f"   {name} landed  error " for name in PATHS))
     for solver, nfe in dict.fromkeys(key[1:] for key in table):
         cells = [table[name, solver, nfe] for name in PATHS]
         print(f"{solver:9}{nfe:4}" + "".join(f"    {a:7.1%}  {b:.1e}" for a, b in cells))
@@ -1300,8 +1356,9 @@ def run_paths(defaults, typed):
 COMMANDS = {
     "train": (run_train, TRAIN),
     "sample": (run_sample, SAMPLE | dict(out="", overwrite=False)),
-    "fid": (run_fid, SAMPLE | dict(n=50_000, steps=[20], features="inception", inception="",
-                                   reference="train", data_dir="", results="")),
+    "fid": (run_fid, {k: v for k, v in SAMPLE.items() if k != "label"} | dict(
+        n=50_000, steps=[20], features="inception", inception="", reference="train", data_dir="",
+        results="")),
     "nll": (run_nll, dict(ckpt="", n=128, k=1, exact=False, solver="dopri5", steps=20, batch=32,
                           tolerance=1e-5, seed=0, device="", reference="test", data_dir="",
                           results="")),
@@ -1313,7 +1370,8 @@ def main(argv=None):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="replace")  # of a terminal without ± or é
-    style = dict(argument_default=argparse.SUPPRESS, usage=argparse.SUPPRESS,  # nor with an error
+    style = dict(argument_default=argparse.SUPPRESS,  # only what was typed
+                 usage=argparse.SUPPRESS,  # an error is one line
                  formatter_class=argparse.RawDescriptionHelpFormatter)
     about, *examples = __doc__.split("\n")
     parser = argparse.ArgumentParser("flow_matching.py", description=about, **style)
@@ -1331,15 +1389,19 @@ def main(argv=None):
             how = dict(type=kind, choices=choices or None)
             if isinstance(default, bool | None):
                 how = dict(action=argparse.BooleanOptionalAction)
-            text += "" if default in ("", None) else f" (default: {default})"
+            shown = ",".join(map(str, default)) if isinstance(default, list) else default
+            text += "" if shown in ("", None) else f" (default: {shown})"
             p.add_argument("--" + flag.replace("_", "-"), help=text, **how)
     typed = vars(parser.parse_args(argv))
     command = typed.pop("command")
     run, defaults = COMMANDS[command]
-    torch.backends.cudnn.allow_tf32 = False  # float32 to its last digit; speed is bf16's
+    torch.backends.cudnn.allow_tf32 = False  # it keeps three digits; whoever wants speed has bf16
     try:
         check_flags(typed)
-        run(*(open_model(defaults, typed) if "ckpt" in defaults else (defaults, typed)))
+        if "ckpt" in defaults:
+            run(*open_model(defaults, typed))
+        else:
+            run(defaults, typed)
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as problem:
