@@ -35,7 +35,6 @@ import itertools
 import json
 import math
 import os
-import re
 import shlex
 import signal
 import sys
@@ -842,7 +841,10 @@ def load(file, device="cpu"):
         if damaged := zipfile.ZipFile(file).testzip():  # torch.load does not check the sums
             raise ValueError(f"damaged at {damaged}")
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)  # runs no code
-        check_flags({k: checkpoint["config"][k] for k in TRAIN} | dict(steps=checkpoint["step"]))
+        flags = {k: checkpoint["config"][k] for k in TRAIN} | dict(steps=checkpoint["step"])
+        if any(type(v) is not type(TRAIN[k]) for k, v in flags.items() if k != "compile"):
+            raise ValueError("flags of another type")
+        check_flags(flags)
         ema = build(argparse.Namespace(**checkpoint["config"]), device, checkpoint)["ema"]
         if not all(p.isfinite().all() for p in ema.parameters()):
             raise ValueError("weights are not finite")
@@ -885,7 +887,10 @@ def save(config, step, parts, log, grid):
             picture_grid(images, 8).save(f, "PNG")
     checkpoint = {name: part.state_dict() for name, part in parts.items()}
     with atomic(Path(config.out, "checkpoint.pt")) as f:
-        torch.save(checkpoint | dict(step=step, config=vars(config), log=log), f)
+        try:
+            torch.save(checkpoint | dict(step=step, config=vars(config), log=log), f)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(f"{f.name} was not written: disk full? ({error})") from None
 
 
 def compiled(model, device):
@@ -1389,11 +1394,16 @@ def main(argv=None):
             how = dict(type=kind, choices=choices or None)
             if isinstance(default, bool | None):
                 how = dict(action=argparse.BooleanOptionalAction)
-            shown = ",".join(map(str, default)) if isinstance(default, list) else default
+            shown = default
+            if isinstance(default, list):
+                shown = ",".join(map(str, default)) or "none"
             text += "" if shown in ("", None) else f" (default: {shown})"
             p.add_argument("--" + flag.replace("_", "-"), help=text, **how)
-    typed = vars(parser.parse_args(argv))
+    typed, unknown = parser.parse_known_args(argv)
+    typed = vars(typed)
     command = typed.pop("command")
+    if unknown:
+        commands.choices[command].error(f"unrecognized arguments: {' '.join(unknown)}")
     run, defaults = COMMANDS[command]
     torch.backends.cudnn.allow_tf32 = False  # it keeps three digits; whoever wants speed has bf16
     try:
@@ -1406,7 +1416,8 @@ def main(argv=None):
         sys.exit(130)
     except Exception as problem:
         text = " ".join(str(problem).split())
-        if isinstance(problem, MemoryError) or re.search("(out of|allocate) memory", text):
+        memory = isinstance(problem, (MemoryError, torch.OutOfMemoryError))
+        if memory or "allocate memory" in text:  # which is what torch says on a CPU
             text = "out of memory: lower --batch, --size or --width"
         elif not isinstance(problem, (ValueError, OSError, FloatingPointError)):
             raise  # a fault of the code keeps its traceback
