@@ -570,6 +570,7 @@ def frechet_distance(mean_1, cov_1, mean_2, cov_2):
 
 TORCHVISION = {"mnist": torchvision.datasets.MNIST, "cifar10": torchvision.datasets.CIFAR10,
                "fashion-mnist": torchvision.datasets.FashionMNIST}
+SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # image generators store megabytes of text in a PNG
 
 
@@ -632,27 +633,29 @@ def load_folder(folder, data_dir, size):
     They are decoded once, into a memory-mapped array in data_dir that need not fit in memory.
     """
     kinds = {*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif", ".avif", ".heic", ".heif"}
-    root, files, others = Path(folder).resolve(), {}, []
+    root, files, others = Path(os.path.realpath(folder)), {}, []
     for name in glob.iglob("**/*", root_dir=root, recursive=True):
         path = root / name  # glob follows links and skips hidden names
-        circle = path.is_symlink() and path.parent.resolve().is_relative_to(path.resolve())
-        if circle or not os.access(path, os.R_OK):
+        above = Path(os.path.realpath(path.parent))
+        if not os.access(path, os.R_OK) or above.is_relative_to(os.path.realpath(path)):
             raise ValueError(f"{path} is a broken link, a link in a circle, or not to be read")
-        if path.suffix.lower() in kinds and not path.is_dir():
+        if path.is_file() and path.suffix.lower() in kinds:
             files[path] = unicodedata.normalize("NFC", os.path.dirname(name)).split(os.sep)[0]
-        elif not path.is_dir():
+        elif not path.is_dir() or not any(path.iterdir()):
             others.append(path.suffix or name)
     if others:
         print(folder, "left out:", *(f"{others.count(end):,} {end}" for end in sorted({*others})))
     if not files:
         raise ValueError(f"{folder} is no folder with images, nor digits, {', '.join(TORCHVISION)}")
     files, names = dict(sorted(files.items())), sorted({*files.values()} - {""})
-    if "train" in names and {*names} <= {"train", "val", "valid", "validation", "test"}:
-        raise ValueError(f"{folder} holds splits, not classes: name one, as {root / 'train'}")
+    if {name.lower() for name in names} <= SPLITS and len(names) > 1:
+        raise ValueError(f"{folder} holds splits, not classes: name one, as {root / names[0]}")
     index = {name: i for i, name in enumerate([*names, ""])}  # "": label K, no class
     labels = torch.tensor([index[name] for name in files.values()])
-    content = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    array = cached(data_dir, f"{root.name}-{size}", repr(content).encode(), (len(files), size),
+    stats = [(f, f.stat()) for f in files]
+    content = [(str(f), s.st_size, s.st_mtime_ns, s.st_ctime_ns) for f, s in stats]
+    name = f"{root.name[:40]}-{size}"
+    array = cached(data_dir, name, repr(content).encode(), (len(files), size),
                    functools.partial(decode_all, [*files], size))
     return torch.from_numpy(array), labels, names
 
@@ -733,7 +736,7 @@ def cached(data_dir, name, content, ends, make):
     It is made once for each content, the bytes that decide it; again if the file is damaged or
     the first and last lengths of the array are not ends.
     """
-    for old in Path(data_dir).glob("tmp-*"):
+    for old in Path(data_dir).glob(f"tmp-*-{glob.escape(name)}-*.npy"):
         with contextlib.suppress(OSError):  # another process may finish it meanwhile
             if time.time() - old.stat().st_mtime > 86400:  # of a process that was killed
                 old.unlink()
@@ -844,7 +847,7 @@ def load(file, device="cpu"):
         flags = {k: checkpoint["config"][k] for k in TRAIN} | dict(steps=checkpoint["step"])
         if any(type(v) is not type(TRAIN[k]) for k, v in flags.items() if k != "compile"):
             raise ValueError("flags of another type")
-        check_flags(flags)
+        check_flags(flags, typed=False)
         ema = build(argparse.Namespace(**checkpoint["config"]), device, checkpoint)["ema"]
         if not all(p.isfinite().all() for p in ema.parameters()):
             raise ValueError("weights are not finite")
@@ -975,7 +978,7 @@ def train(config, checkpoint=None, stops=()):
         model = compiled(model, device)
     torch.backends.cudnn.benchmark = True  # shapes are fixed
     start, log = (checkpoint["step"], checkpoint["log"]) if checkpoint else (0, [])
-    out, old = Path(config.out), ["tmp-*"]
+    out, old = Path(config.out), ["tmp-????????-checkpoint.pt", "tmp-????????-step-*.png"]
     out.mkdir(parents=True, exist_ok=True)
     if config.overwrite and not checkpoint:
         old += ["checkpoint.pt", "step-*.png"]
@@ -1145,12 +1148,14 @@ def integers(text):
     return [] if text == "none" else [int(part) for part in text.split(",")]
 
 
-def check_flags(flags):
+def check_flags(flags, typed=True):
     """Raises ValueError for a number out of range: of MAY_BE_0 from 0, of AT_MOST_1 to 1."""
     for flag, value in flags.items():
         low = 0 if flag in MAY_BE_0 else 1e-12
         high = 1 if flag in AT_MOST_1 else 1e12
         values = (value or [0]) if isinstance(value, list) else [value]  # "none" counts as 0
+        if typed and value == "":
+            raise ValueError(f"--{flag} is empty")
         if not all(low <= x <= high for x in values if type(x) in (int, float)):
             raise ValueError(f"--{flag.replace('_', '-')} {value} is not from {low:g} to {high:g}")
 
@@ -1239,6 +1244,8 @@ def open_model(defaults, typed):
     if config.data not in ("digits", *TORCHVISION):
         known["reference"] = "train"  # a folder has no test split
     args = argparse.Namespace(**defaults | known | typed)
+    if "label" in typed:
+        args.label = unicodedata.normalize("NFC", args.label)  # as load_folder does
     if args.solver == "dopri5" or "amp" not in defaults:  # nll has none; dopri5 would take the
         args.amp = typed.get("amp", "off")  # rounding for its error
     if args.solver == "dopri5" and "steps" in typed:
