@@ -133,8 +133,9 @@ def cfm_loss(v, path, x_1, x_0=None, t=None, weight=1.0):
     alpha, sigma, d_alpha, d_sigma = coefficients(path, t, x_1)
     u = d_alpha * x_1 + d_sigma * x_0
     velocity = v(alpha * x_1 + sigma * x_0, t)
-    if velocity.shape != u.shape:  # (B,) against (B, 1) would broadcast to (B, B)
-        raise ValueError(f"a velocity {tuple(velocity.shape)} for data {tuple(u.shape)}")
+    if not velocity.shape == x_0.shape == x_1.shape or torch.as_tensor(weight).dim() > 1:
+        raise ValueError(f"velocity {tuple(velocity.shape)}, x_0 {tuple(x_0.shape)}, x_1 "
+                         f"{tuple(x_1.shape)}: of one shape, or they would broadcast; weight (B,)")
     return (weight * (velocity - u).square().reshape(len(u), -1).mean(1)).mean()
 
 
@@ -192,8 +193,9 @@ def odeint(v, x, t_0=0.0, t_1=1.0, solver="midpoint", steps=20, tolerance=1e-5):
     the number of evaluations of v (NFE).  Raises ValueError for a wrong solver, type or shape,
     FloatingPointError for a solve that fails or is not finite.
     """
-    if solver not in SOLVERS or steps < 1:
-        raise ValueError(f"no solver {solver} with {steps} steps: {SOLVERS} with at least 1")
+    if solver not in SOLVERS or steps < 1 or not tolerance > 0 or not math.isfinite(t_1 - t_0):
+        raise ValueError(f"no {solver} with {steps} steps, tolerance {tolerance}, to {t_1}: take "
+                         f"one of {SOLVERS}, at least 1 step, a tolerance above 0, finite times")
     if not x.is_floating_point():
         raise ValueError(f"x must be real and floating-point, not {x.dtype}")
     nfe = 0
@@ -202,9 +204,9 @@ def odeint(v, x, t_0=0.0, t_1=1.0, solver="midpoint", steps=20, tolerance=1e-5):
         nonlocal nfe
         nfe += 1
         u = v(x, torch.full((len(x),), t, dtype=x.dtype, device=x.device))
-        if u.shape != x.shape:
-            raise ValueError(f"a velocity {tuple(u.shape)} for x {tuple(x.shape)}")
-        return u
+        if u.shape != x.shape or u.is_complex():
+            raise ValueError(f"a velocity {tuple(u.shape)}, {u.dtype} for x {tuple(x.shape)}")
+        return u.to(x.dtype)
 
     if solver == "dopri5":
         x = dopri5(f, x, t_0, t_1, tolerance)
@@ -244,7 +246,7 @@ def log_likelihood(v, x_1, path=ot_path, probes=None, **solver):
     per number of an x_1.  v must not mix the samples of a batch.  The result has no gradient.
     """
     if probes is None:
-        units = torch.eye(x_1[0].numel(), dtype=x_1.dtype, device=x_1.device)
+        units = torch.eye(math.prod(x_1.shape[1:]), dtype=x_1.dtype, device=x_1.device)
         probes = units.reshape(-1, 1, *x_1.shape[1:]).expand(-1, *x_1.shape)  # (D, B, ...)
 
     def f(state, t):  # x and ∫ div v dt, as one state: (B, D + 1)
@@ -253,6 +255,8 @@ def log_likelihood(v, x_1, path=ot_path, probes=None, **solver):
             u = v(x, t)
             if u.shape != x.shape:
                 raise ValueError(f"a velocity {tuple(u.shape)} for x {tuple(x.shape)}")
+            if not u.requires_grad and not torch.equal(u, v(x + 1, t)):
+                raise ValueError("v passes no gradient to x: call it without no_grad or detach")
             u = u + 0 * x  # so that a field which does not look at x has divergence 0
             div = sum(torch.autograd.grad(u, x, E, retain_graph=True)[0] * E for E in probes)
         return torch.cat([u.detach().flatten(1), div.flatten(1).sum(1, keepdim=True)], 1)
@@ -543,7 +547,7 @@ def fit_gaussian(batches, features):
         if images.dtype != torch.uint8 or images.dim() != 4:
             raise ValueError(f"{images.dtype} {tuple(images.shape)} is no uint8 (B, C, H, W)")
         f = features(images).cpu().double()
-        if n == 0:
+        if n == 0 and len(f) > 0:
             origin = f[0]  # sums are about one sample: a large mean would cancel digits
         f = f - origin
         n, total, squares = n + len(f), total + f.sum(0), squares + f.T @ f
@@ -559,6 +563,8 @@ def frechet_distance(mean_1, cov_1, mean_2, cov_2):
     means (D,), covariances (D, D), float64.  With S_i = A_i A_iᵀ, tr (S_1 S_2)^½ is the sum of
     the singular values of A_1ᵀ A_2, so that singular covariances need no special care.
     """
+    if np.shape(mean_1) != np.shape(mean_2):
+        raise ValueError(f"means {np.shape(mean_1)} and {np.shape(mean_2)}: not of one shape")
     (s_1, V_1), (s_2, V_2) = scipy.linalg.eigh(cov_1), scipy.linalg.eigh(cov_2)
     A_1, A_2 = V_1 * np.sqrt(s_1.clip(0)), V_2 * np.sqrt(s_2.clip(0))
     root = scipy.linalg.svdvals(A_1.T @ A_2).sum()
@@ -655,7 +661,8 @@ def load_folder(folder, data_dir, size):
     stats = [(f, f.stat()) for f in files]
     content = [(str(f), s.st_size, s.st_mtime_ns, s.st_ctime_ns) for f, s in stats]
     name = f"{root.name[:40]}-{size}"
-    array = cached(data_dir, name, repr(content).encode(), (len(files), size),
+    shapes = [(len(files), channels, size, size) for channels in (1, 3)]
+    array = cached(data_dir, name, repr(content).encode(), "uint8", shapes,
                    functools.partial(decode_all, [*files], size))
     return torch.from_numpy(array), labels, names
 
@@ -673,6 +680,8 @@ def load_data(name, data_dir, size, test=False):
     except (OSError, RuntimeError, AssertionError, ValueError) as error:
         raise ValueError(f"{name} is not whole in {data_dir} nor downloaded ({error}): name "
                          "its folder with --data-dir, or use --data digits") from None
+    if len(data.data) != len(data.targets):
+        raise ValueError(f"{name} in {data_dir}: {len(data.targets)} labels of {len(data.data)}")
     images = torch.as_tensor(data.data)
     images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)
     images = torch.cat([resize(part, [size, size]) for part in images.split(1000)])
@@ -703,8 +712,9 @@ def in_batches(n, batch, what):
         yield part
         rate = part.stop / (time.perf_counter() - since)
         left = timedelta(seconds=int((n - part.stop) / rate))
-        print(f"\r{what} {part.stop:,}/{n:,}  {rate:,.1f}/s  {left} left ", end="", flush=True)
-    print()
+        with contextlib.suppress(OSError):  # of a reader that is gone: the work goes on
+            end = "" if part.stop < n else "\n"
+            print(f"\r{what} {part.stop:,}/{n:,}  {rate:,.1f}/s  {left} left", end=end, flush=True)
 
 
 @contextlib.contextmanager
@@ -730,20 +740,20 @@ def atomic(file):
             temporary.unlink()
 
 
-def cached(data_dir, name, content, ends, make):
+def cached(data_dir, name, content, dtype, shapes, make):
     """An array that make(f) writes into an open .npy file in data_dir, memory-mapped.
 
     It is made once for each content, the bytes that decide it; again if the file is damaged or
-    the first and last lengths of the array are not ends.
+    holds another type or shape.
     """
     for old in Path(data_dir).glob(f"tmp-*-{glob.escape(name)}-*.npy"):
         with contextlib.suppress(OSError):  # another process may finish it meanwhile
             if time.time() - old.stat().st_mtime > 86400:  # of a process that was killed
                 old.unlink()
     npy = Path(data_dir, f"{name}-{hashlib.sha256(content).hexdigest()[:16]}.npy")
-    with contextlib.suppress(OSError, ValueError, EOFError, IndexError):
+    with contextlib.suppress(Exception):  # numpy raises a dozen kinds
         array = np.load(npy, mmap_mode="c")
-        if (array.shape[0], array.shape[-1]) == ends:
+        if array.dtype == dtype and array.shape in shapes:
             return array
     with atomic(npy) as f:
         make(f)
@@ -833,6 +843,9 @@ def build(config, device, checkpoint=None):
         for name, part in parts.items():
             if name != "scaler" or checkpoint[name]:  # that is {} unless the run was in fp16
                 part.load_state_dict(checkpoint[name])
+        for p, state in parts["adamw"].state.items():  # the fused one would not look
+            if any(moment.dim() and moment.shape != p.shape for moment in state.values()):
+                raise ValueError("moments of another shape")
     return parts
 
 
@@ -848,6 +861,8 @@ def load(file, device="cpu"):
         if any(type(v) is not type(TRAIN[k]) for k, v in flags.items() if k != "compile"):
             raise ValueError("flags of another type")
         check_flags(flags, typed=False)
+        if flags["path"] not in PATHS or not all(row["step"] > 0 for row in checkpoint["log"]):
+            raise ValueError("another path or log")
         ema = build(argparse.Namespace(**checkpoint["config"]), device, checkpoint)["ema"]
         if not all(p.isfinite().all() for p in ema.parameters()):
             raise ValueError("weights are not finite")
@@ -978,10 +993,10 @@ def train(config, checkpoint=None, stops=()):
         model = compiled(model, device)
     torch.backends.cudnn.benchmark = True  # shapes are fixed
     start, log = (checkpoint["step"], checkpoint["log"]) if checkpoint else (0, [])
-    out, old = Path(config.out), ["tmp-????????-checkpoint.pt", "tmp-????????-step-*.png"]
+    out, old = Path(config.out), ["tmp-????????-checkpoint.pt", "tmp-????????-step-??????.png"]
     out.mkdir(parents=True, exist_ok=True)
     if config.overwrite and not checkpoint:
-        old += ["checkpoint.pt", "step-*.png"]
+        old += ["checkpoint.pt", "step-??????.png"]
     if rank == 0:
         for file in [file for kind in old for file in out.glob(kind)]:
             file.unlink()
@@ -1162,6 +1177,8 @@ def check_flags(flags, typed=True):
 
 def check_free(out, overwrite):
     """Raises ValueError, unless overwrite, if out is a file or a folder with something in it."""
+    if out.suffix.lower() == ".png" and out.is_dir():
+        raise ValueError(f"{out} is a folder: name a file")
     if not overwrite and (out.is_file() or any(out.glob("*"))):
         raise ValueError(f"{out} exists: try --overwrite, or train --resume")
 
@@ -1189,7 +1206,8 @@ def stop_signals():
         caught.append(number)
         for number, handler in before.items():
             signal.signal(number, handler)
-        os.write(2, b"stopping after this step; once more stops at once\n")  # print could be busy
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # the terminal may be gone
+            os.write(sys.stderr.fileno(), b"stopping after this step; once more stops at once\n")
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
@@ -1229,7 +1247,8 @@ def run_train(defaults, typed):
     with stop_signals() as caught:
         step = train(config, checkpoint, caught)
     if step < config.steps:
-        print("go on with: python flow_matching.py train --resume --out", shlex.quote(str(out)))
+        with contextlib.suppress(OSError):
+            print("go on with: python flow_matching.py train --resume --out", shlex.quote(str(out)))
         sys.exit(128 + (caught or [signal.SIGTERM])[0])  # none: another rank caught it
 
 
@@ -1257,7 +1276,9 @@ def open_model(defaults, typed):
     images, _, _ = load_data(data, args.data_dir, config.size, args.reference == "test")
     if images.shape[1] != config.channels:
         raise ValueError(f"{data} has {images.shape[1]} channels, the model {config.channels}")
-    open(args.results, "a").close()  # what cannot be written is said before the work
+    results = Path(args.results)  # what cannot be written is said before the work
+    if results.is_dir() or not os.access(results if results.exists() else results.parent, os.W_OK):
+        raise ValueError(f"--results {results} cannot be written")
     return args, velocity, images
 
 
@@ -1280,7 +1301,7 @@ def run_sample(args, velocity):
         for i, image in enumerate(images):
             made.add(out / f"{i:06d}{marks_made[i % len(marks_made)]}.png")
             to_pil_image(image).save(out / f"{i:06d}{marks_made[i % len(marks_made)]}.png")
-        for mark in marks.values():  # what is left of a run that --overwrite replaces
+        for mark in ["", *marks.values()]:  # what is left of a run that --overwrite replaces
             for file in {*out.glob("[0-9]" * 6 + glob.escape(f"{mark}.png"))} - made:
                 file.unlink()
     print(f"{out}: {args.n:,} images, {args.solver}, NFE {np.mean(nfes):g}, amp {args.amp}")
@@ -1303,13 +1324,13 @@ def run_fid(args, velocity, images):
         raise ValueError("pixels take no --inception, and images of at most 4096 numbers")
     parts = (images[part] for part in in_batches(len(images), 1000, "reference"))
     content = repr(images.shape).encode() + images.numpy().tobytes()
-    real = cached(args.data_dir, args.features, content, (D + 1, D),  # mean above covariance
+    real = cached(args.data_dir, args.features, content, "float64", [(D + 1, D)],
                   lambda f: np.save(f, np.vstack(fit_gaussian(parts, features))))
     for steps in args.steps:
         one = argparse.Namespace(**vars(args) | dict(steps=steps, label=""))
         nfes, since = [], time.perf_counter()
         made = fit_gaussian(make_images(velocity, one, nfes), features)
-        distance = frechet_distance(*made, real[0], real[1:])
+        distance = frechet_distance(*made, real[0], real[1:])  # mean above covariance
         text = f"{title} {distance:.4f}: {args.n:,} made, {len(images):,} of {args.reference}"
         report(one, text, since, nfes, frechet_distance=distance, n_reference=len(images))
     if args.n < 50_000:
