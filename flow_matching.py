@@ -907,7 +907,7 @@ def save(config, step, parts, log, grid):
     with atomic(Path(config.out, "checkpoint.pt")) as f:
         try:
             torch.save(checkpoint | dict(step=step, config=vars(config), log=log), f)
-        except RuntimeError as error:  # what torch makes of a full disk
+        except (OSError, RuntimeError) as error:  # torch makes both of a full disk
             raise OSError(f"{f.name} was not written: disk full? ({error})") from None
 
 
