@@ -735,6 +735,8 @@ def atomic(file):
                 if seconds == 0:
                     raise
                 time.sleep(seconds)
+    except OSError as error:
+        raise OSError(f"{file} was not written, is the disk full? ({error})") from None
     finally:
         with contextlib.suppress(OSError):  # which would hide the error that led here
             temporary.unlink()
@@ -907,8 +909,8 @@ def save(config, step, parts, log, grid):
     with atomic(Path(config.out, "checkpoint.pt")) as f:
         try:
             torch.save(checkpoint | dict(step=step, config=vars(config), log=log), f)
-        except (OSError, RuntimeError) as error:  # torch makes both of a full disk
-            raise OSError(f"{f.name} was not written: disk full? ({error})") from None
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(error) from None
 
 
 def compiled(model, device):
