@@ -128,7 +128,7 @@ def cfm_loss(v, path, x_1, x_0=None, t=None, weight=1.0):
     ψ_t(x_0), which never divides by σ.  Raises ValueError for a velocity of another shape than u.
     """
     x_0 = torch.randn_like(x_1) if x_0 is None else x_0
-    if t is None:  # in float32 whatever x_1 is: in bf16 one in 500 would be exactly 1
+    if t is None:  # float32 always: cast to bf16, a time would be exactly 1 once in 500
         t = torch.rand(len(x_1), device=x_1.device)
     alpha, sigma, d_alpha, d_sigma = coefficients(path, t, x_1)
     u = d_alpha * x_1 + d_sigma * x_0
@@ -140,6 +140,7 @@ def cfm_loss(v, path, x_1, x_0=None, t=None, weight=1.0):
 
 
 # §3  ODE solvers: dx/dt = f(x, t) ---------------------------------------------------------------
+# Here t is a number; odeint hands it to v as times (B,).
 
 
 def euler(f, x, t, h):
@@ -252,10 +253,11 @@ def log_likelihood(v, x_1, path=ot_path, probes=None, **solver):
     def f(state, t):  # x and ∫ div v dt, as one state: (B, D + 1)
         with torch.inference_mode(False), torch.enable_grad():
             x = state[:, :-1].clone().reshape(x_1.shape).requires_grad_()
+            t = t.clone()  # of inference mode, if it was on
             u = v(x, t)
             if u.shape != x.shape:
                 raise ValueError(f"a velocity {tuple(u.shape)} for x {tuple(x.shape)}")
-            if not u.requires_grad and not torch.equal(u, v(x + 1, t)):
+            if not u.requires_grad and not torch.equal(u, v(x + 1, t)):  # yet it looks at x
                 raise ValueError("v passes no gradient to x: call it without no_grad or detach")
             u = u + 0 * x  # so that a field which does not look at x has divergence 0
             div = sum(torch.autograd.grad(u, x, E, retain_graph=True)[0] * E for E in probes)
@@ -377,7 +379,7 @@ class ResBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """F(x, t, y): (B, C, H, W), (B,), labels (B,) or None -> (B, C, H, W).
+    """The network: x (B, C, H, W), t (B,), labels y (B,) or None -> (B, C, H, W).
 
     width: channels at full resolution, a multiple of 4; mults: of the width, and blocks: per level;
     attention: heights of the feature maps, for images of this size, at which to attend, if any
@@ -642,7 +644,7 @@ def load_folder(folder, data_dir, size):
     root, files, others = Path(os.path.realpath(folder)), {}, []
     for name in glob.iglob("**/*", root_dir=root, recursive=True):
         path = root / name  # glob follows links and skips hidden names
-        above = Path(os.path.realpath(path.parent))
+        above = Path(os.path.realpath(path.parent))  # in a circle it lies below the path itself
         if not os.access(path, os.R_OK) or above.is_relative_to(os.path.realpath(path)):
             raise ValueError(f"{path} is a broken link, a link in a circle, or not to be read")
         if path.is_file() and path.suffix.lower() in kinds:
@@ -845,7 +847,7 @@ def build(config, device, checkpoint=None):
         for name, part in parts.items():
             if name != "scaler" or checkpoint[name]:  # that is {} unless the run was in fp16
                 part.load_state_dict(checkpoint[name])
-        for p, state in parts["adamw"].state.items():  # the fused one would not look
+        for p, state in parts["adamw"].state.items():  # fused AdamW does not check shapes
             if any(moment.dim() and moment.shape != p.shape for moment in state.values()):
                 raise ValueError("moments of another shape")
     return parts
@@ -862,7 +864,7 @@ def load(file, device="cpu"):
         flags = {k: checkpoint["config"][k] for k in TRAIN} | dict(steps=checkpoint["step"])
         if any(type(v) is not type(TRAIN[k]) for k, v in flags.items() if k != "compile"):
             raise ValueError("flags of another type")
-        check_flags(flags, typed=False)
+        check_flags(flags, empty_is_fine=True)
         if flags["path"] not in PATHS or not all(row["step"] > 0 for row in checkpoint["log"]):
             raise ValueError("another path or log")
         ema = build(argparse.Namespace(**checkpoint["config"]), device, checkpoint)["ema"]
@@ -998,19 +1000,19 @@ def train(config, checkpoint=None, stops=()):
     out, old = Path(config.out), ["tmp-????????-checkpoint.pt", "tmp-????????-step-??????.png"]
     out.mkdir(parents=True, exist_ok=True)
     if config.overwrite and not checkpoint:
-        old += ["checkpoint.pt", "step-??????.png"]
+        old += ["checkpoint.pt", "step-[0-9]*.png"]
     if rank == 0:
         for file in [file for kind in old for file in out.glob(kind)]:
             file.unlink()
     logged = open(os.devnull if rank else out / "log.jsonl", "w", buffering=1)
-    logged.writelines(json.dumps(row) + "\n" for row in log)  # not what followed the checkpoint
+    logged.writelines(json.dumps(row) + "\n" for row in log)  # anew, from the checkpoint
     print(f"{config.data}: {len(images):,} images of {(*images.shape[1:],)}, {len(names)} classes",
           *names[:5], f"\n{sum(p.numel() for p in velocity.parameters()):,} parameters, path "
           f"{config.path}, amp {config.amp}, {world} x {device} with {config.batch // world} images"
           f" each; {config.steps:,} steps into {out}/")
 
     since, seen, unread, step = time.perf_counter(), [], False, start
-    for step in range(start + 1, config.steps + 1):  # no wait for a GPU but in fp16 and to log
+    for step in range(start + 1, config.steps + 1):  # only fp16, coupling and a log line wait
         batch = draw_batch(images, labels, config, step, device)
         x_1, y, x_0, t = (part.chunk(world)[rank] for part in batch)
         torch.manual_seed(hash((config.seed, step, rank)))  # dropout differs between ranks
@@ -1042,7 +1044,7 @@ def train(config, checkpoint=None, stops=()):
         try:
             print(f"step {step:,}/{config.steps:,}  {config.batch * rate:,.0f} images/s  "
                   f"{left} left  loss {loss:.4f}", flush=True)
-        except OSError:  # nobody reads any more: stop after the next step
+        except OSError:  # nobody reads what is printed: stop after the next step
             unread = True
         if saving and rank == 0:
             save(config, step, parts, log, grid=not stopping)
@@ -1086,7 +1088,7 @@ def evaluations_ratio(table, solver="euler"):
 
 
 def draw_paths(means, tau, seed=0):
-    """A picture.  Rows: paths.  Columns: times; 400 particles, and the ways of 24 until then."""
+    """A picture.  Rows: paths.  Columns: times; 400 particles, and how 24 of them came there."""
     noise, font, panels = draw_noise(seed, range(400), (2,)), ImageFont.load_default(34), []
     for name, path in PATHS.items():
         v = functools.partial(marginal_velocity, path, means=means, tau=tau)
@@ -1138,11 +1140,11 @@ lr         peak learning rate
 mults      multiples of the width, one per level
 n          images; FIDs of papers rest on 50000
 optimizer  muon | adamw | muon: for hidden kernels, AdamW elsewhere
-out        folder or NAME.png; default: runs/DATA-PATH, samples.png by --ckpt
+out        folder or NAME.png; default: runs/DATA-PATH, samples.png beside --ckpt
 overwrite  replace what --out names
 path       {' | '.join(PATHS)} | probability path
 reference  train or test split, another data set or a folder
-results    JSON lines; default: results.jsonl by --ckpt
+results    JSON lines; default: results.jsonl beside --ckpt
 resume     go on with --out, or the newest run
 save_every steps between checkpoints and grids of samples
 seed       of everything random
@@ -1165,14 +1167,14 @@ def integers(text):
     return [] if text == "none" else [int(part) for part in text.split(",")]
 
 
-def check_flags(flags, typed=True):
+def check_flags(flags, empty_is_fine=False):
     """Raises ValueError for a number out of range: of MAY_BE_0 from 0, of AT_MOST_1 to 1."""
     for flag, value in flags.items():
         low = 0 if flag in MAY_BE_0 else 1e-12
         high = 1 if flag in AT_MOST_1 else 1e12
         values = (value or [0]) if isinstance(value, list) else [value]  # "none" counts as 0
-        if typed and value == "":
-            raise ValueError(f"--{flag} is empty")
+        if value == "" and not empty_is_fine:
+            raise ValueError(f"--{flag.replace('_', '-')} is empty")
         if not all(low <= x <= high for x in values if type(x) in (int, float)):
             raise ValueError(f"--{flag.replace('_', '-')} {value} is not from {low:g} to {high:g}")
 
@@ -1234,7 +1236,8 @@ def run_train(defaults, typed):
         known = checkpoint["config"]
         for flag in typed.keys() - MAY_CHANGE:
             if typed[flag] != known[flag]:
-                raise ValueError(f"--{flag} cannot change: {out} began with {known[flag]}")
+                name = flag.replace("_", "-")
+                raise ValueError(f"--{name} cannot change: {out} began with {known[flag]}")
     here = dict(device=device, out=str(out))
     config = argparse.Namespace(**defaults | dict(amp=amp) | known | typed | here)  # the last wins
     if (device, config.amp) == ("mps", "fp16"):
