@@ -143,6 +143,14 @@ def cfm_loss(v, path, x_1, x_0=None, t=None, weight=1.0):
 # Here t is a number; odeint hands it to v as times (B,).
 
 
+def evaluate(v, x, t):
+    """v(x, t).  Raises ValueError unless it is real and of the shape of x: it would broadcast."""
+    u = v(x, t)
+    if u.shape != x.shape or u.is_complex():
+        raise ValueError(f"a velocity {tuple(u.shape)}, {u.dtype} for x {tuple(x.shape)}")
+    return u
+
+
 def euler(f, x, t, h):
     """One Euler step from t to t + h: order 1, one evaluation of f."""
     return x + h * f(x, t)
@@ -204,10 +212,8 @@ def odeint(v, x, t_0=0.0, t_1=1.0, solver="midpoint", steps=20, tolerance=1e-5):
     def f(x, t):
         nonlocal nfe
         nfe += 1
-        u = v(x, torch.full((len(x),), t, dtype=x.dtype, device=x.device))
-        if u.shape != x.shape or u.is_complex():
-            raise ValueError(f"a velocity {tuple(u.shape)}, {u.dtype} for x {tuple(x.shape)}")
-        return u.to(x.dtype)
+        t = torch.full((len(x),), t, dtype=x.dtype, device=x.device)
+        return evaluate(v, x, t).to(x.dtype)
 
     if solver == "dopri5":
         x = dopri5(f, x, t_0, t_1, tolerance)
@@ -254,9 +260,7 @@ def log_likelihood(v, x_1, path=ot_path, probes=None, **solver):
         with torch.inference_mode(False), torch.enable_grad():
             x = state[:, :-1].clone().reshape(x_1.shape).requires_grad_()
             t = t.clone()  # of inference mode, if it was on
-            u = v(x, t)
-            if u.shape != x.shape:
-                raise ValueError(f"a velocity {tuple(u.shape)} for x {tuple(x.shape)}")
+            u = evaluate(v, x, t)
             if not u.requires_grad and not torch.equal(u, v(x + 1, t)):  # yet it looks at x
                 raise ValueError("v passes no gradient to x: call it without no_grad or detach")
             u = u + 0 * x  # so that a field which does not look at x has divergence 0
@@ -482,9 +486,14 @@ INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
+def to_float(images):
+    """uint8 0..255 to float32 in [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
 def pixels(images):
     """The pixels as features, in [-1, 1]: uint8 (B, C, H, W) -> (B, CHW)."""
-    return images.flatten(1).float() / 127.5 - 1
+    return to_float(images).flatten(1)
 
 
 def resize_as_tensorflow_1(x, size=299):
@@ -688,11 +697,6 @@ def load_data(name, data_dir, size, test=False):
     images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)
     images = torch.cat([resize(part, [size, size]) for part in images.split(1000)])
     return images.contiguous(), torch.as_tensor(data.targets), data.classes
-
-
-def to_float(images):
-    """uint8 0..255 to float32 in [-1, 1]."""
-    return images.float() / 127.5 - 1
 
 
 def to_uint8(x):
@@ -1228,7 +1232,7 @@ def run_train(defaults, typed):
     """Learn to make images from noise."""
     device, amp, newest = look_around(typed.get("device"))
     data, path = typed.get("data", defaults["data"]), typed.get("path", defaults["path"])
-    out = Path(typed.get("out", f"runs/{Path(data).resolve().name}-{path}"))
+    out = Path(typed.get("out", f"runs/{os.path.basename(os.path.realpath(data))}-{path}"))
     known, checkpoint = RECIPES.get(data, RECIPES["folder"]), None
     if typed.get("resume"):
         out = out if typed.keys() & {"out", "data", "path"} else newest.parent
@@ -1247,7 +1251,8 @@ def run_train(defaults, typed):
     if checkpoint and checkpoint["step"] >= config.steps:
         raise ValueError(f"{out} is at step {checkpoint['step']:,}: ask for more --steps")
     if not checkpoint:
-        UNet(1, config.size, config.width, config.mults)  # refuses a bad shape before any work
+        with torch.device("meta"):  # refuses a bad shape before any work
+            UNet(1, config.size, config.width, config.mults)
         check_free(out, config.overwrite)
     with stop_signals() as caught:
         step = train(config, checkpoint, caught)
@@ -1304,8 +1309,9 @@ def run_sample(args, velocity):
         out.mkdir(parents=True, exist_ok=True)
         made = set()
         for i, image in enumerate(images):
-            made.add(out / f"{i:06d}{marks_made[i % len(marks_made)]}.png")
-            to_pil_image(image).save(out / f"{i:06d}{marks_made[i % len(marks_made)]}.png")
+            file = out / f"{i:06d}{marks_made[i % len(marks_made)]}.png"
+            to_pil_image(image).save(file)
+            made.add(file)
         for mark in ["", *marks.values()]:  # what is left of a run that --overwrite replaces
             for file in {*out.glob("[0-9]" * 6 + glob.escape(f"{mark}.png"))} - made:
                 file.unlink()
@@ -1328,7 +1334,7 @@ def run_fid(args, velocity, images):
     elif args.inception or D > 4096:
         raise ValueError("pixels take no --inception, and images of at most 4096 numbers")
     parts = (images[part] for part in in_batches(len(images), 1000, "reference"))
-    content = repr(images.shape).encode() + images.numpy().tobytes()
+    content = repr(images.shape).encode() + hashlib.sha256(images.numpy()).digest()
     real = cached(args.data_dir, args.features, content, "float64", [(D + 1, D)],
                   lambda f: np.save(f, np.vstack(fit_gaussian(parts, features))))
     for steps in args.steps:
