@@ -538,11 +538,9 @@ def inception(file="", device="cpu"):
             pool_by(nn.AvgPool2d(3, 1, 1, count_include_pad=False), block)
 
     def features(images):
-        found = []
-        for part in images.split(50):  # 1 GB at a time
-            x = resize_as_tensorflow_1(part.to(device).float()).expand(-1, 3, -1, -1)
-            found.append(net((x - 128) / 128))
-        return torch.cat(found)
+        parts = images.split(50)  # 1 GB at a time
+        large = (resize_as_tensorflow_1(part.to(device).float()) for part in parts)
+        return torch.cat([net((x.expand(-1, 3, -1, -1) - 128) / 128) for x in large])
 
     return features
 
@@ -587,6 +585,7 @@ def frechet_distance(mean_1, cov_1, mean_2, cov_2):
 
 TORCHVISION = {"mnist": torchvision.datasets.MNIST, "cifar10": torchvision.datasets.CIFAR10,
                "fashion-mnist": torchvision.datasets.FashionMNIST}
+IMAGES = {*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif", ".avif", ".heic", ".heif"}
 SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "testing"}
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # image generators store megabytes of text in a PNG
 
@@ -611,8 +610,8 @@ def draw_digits(n, size, seed=0):
     return torch.from_numpy(images), torch.from_numpy(labels), list("0123456789")
 
 
-def decode(file, size, mode, bad):
-    """One image file, upright, its central square at size x size: bytes in the order (C, H, W)."""
+def decode(file, size, bad):
+    """An image file, upright, its central square at size x size: RGB bytes, in (3, H, W) order."""
     try:
         with Image.open(file) as image:
             if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
@@ -622,60 +621,51 @@ def decode(file, size, mode, bad):
             image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
         image = ImageOps.fit(image.convert("RGBA"), (size, size), Image.LANCZOS)
         white = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(white, image).convert(mode)
-        return np.atleast_3d(image).transpose(2, 0, 1).tobytes()
+        return pil_to_tensor(Image.alpha_composite(white, image))[:3].numpy().tobytes()
     except Exception as error:  # Pillow raises a dozen kinds
         bad.append(f"{file}: {error}")
         return b""
 
 
-def decode_all(files, size, f):
-    """Decode files into an open .npy file: uint8 (N, C, size, size), grey if all of them are."""
-    bad, mode = [], "L"
-    for file in files:
-        with contextlib.suppress(Exception), Image.open(file) as image:  # decode will complain
-            mode = "RGB" if Image.getmodebase(image.mode) == "RGB" else mode
-    shape = (len(files), 3 if mode == "RGB" else 1, size, size)
-    np.lib.format.write_array_header_1_0(f, dict(descr="|u1", fortran_order=False, shape=shape))
-    with ThreadPoolExecutor() as pool:
-        for part in in_batches(len(files), 256, "decoding"):
-            f.writelines(pool.map(lambda i: decode(files[i], size, mode, bad), part))
-    if bad:
-        raise ValueError(f"{len(bad)} files do not decode as images: {'; '.join(sorted(bad))}")
-
-
 def load_folder(folder, data_dir, size):
     """All images below a folder.  Its subfolders are the classes; images beside them have none.
 
-    They are decoded once, into a memory-mapped array in data_dir that need not fit in memory.
+    They are decoded once, into a memory-mapped file in data_dir that need not fit in memory.
     """
-    kinds = {*torchvision.datasets.folder.IMG_EXTENSIONS, ".gif", ".avif", ".heic", ".heif"}
-    root, files, others = Path(os.path.realpath(folder)), {}, []
-    for name in glob.iglob("**/*", root_dir=root, recursive=True):
+    root, classes, others = Path(os.path.realpath(folder)), {}, []
+    for name in sorted(glob.glob("**/*", root_dir=root, recursive=True)):
         path = root / name  # glob follows links and skips hidden names
         above = Path(os.path.realpath(path.parent))  # in a circle it lies below the path itself
         if not os.access(path, os.R_OK) or above.is_relative_to(os.path.realpath(path)):
             raise ValueError(f"{path} is a broken link, a link in a circle, or not to be read")
-        if path.is_file() and path.suffix.lower() in kinds:
-            files[path] = unicodedata.normalize("NFC", os.path.dirname(name)).split(os.sep)[0]
+        if path.is_file() and path.suffix.lower() in IMAGES:
+            classes[path] = unicodedata.normalize("NFC", os.path.dirname(name)).split(os.sep)[0]
         elif not path.is_dir() or not any(path.iterdir()):
             others.append(path.suffix or name)
     if others:
         print(folder, "left out:", *(f"{others.count(end):,} {end}" for end in sorted({*others})))
-    if not files:
+    if not classes:
         raise ValueError(f"{folder} is no folder with images, nor digits, {', '.join(TORCHVISION)}")
-    files, names = dict(sorted(files.items())), sorted({*files.values()} - {""})
+    names = sorted({*classes.values()} - {""})
     if {name.lower() for name in names} <= SPLITS and len(names) > 1:
         raise ValueError(f"{folder} holds splits, not classes: name one, as {root / names[0]}")
     index = {name: i for i, name in enumerate([*names, ""])}  # "": label K, no class
-    labels = torch.tensor([index[name] for name in files.values()])
-    stats = [(f, f.stat()) for f in files]
-    content = [(str(f), s.st_size, s.st_mtime_ns, s.st_ctime_ns) for f, s in stats]
-    name = f"{root.name[:40]}-{size}"
-    shapes = [(len(files), channels, size, size) for channels in (1, 3)]
-    array = cached(data_dir, name, repr(content).encode(), "uint8", shapes,
-                   functools.partial(decode_all, [*files], size))
-    return torch.from_numpy(array), labels, names
+    labels = torch.tensor([index[name] for name in classes.values()])
+    stats = [(f, f.stat()) for f in classes]
+    content = [size, *((str(f), s.st_size, s.st_mtime_ns, s.st_ctime_ns) for f, s in stats)]
+    key = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
+    cache, shape = Path(data_dir, f"{root.name[:40]}-{key}.raw"), (len(classes), 3, size, size)
+    if not cache.is_file() or cache.stat().st_size != math.prod(shape):
+        bad = []
+        with atomic(cache) as f, ThreadPoolExecutor() as pool:
+            for part in in_batches(len(stats), 256, "decoding"):
+                f.writelines(pool.map(lambda i: decode(stats[i][0], size, bad), part))
+            if bad:
+                raise ValueError(f"{len(bad)} files are no images: {'; '.join(sorted(bad))}")
+    images = torch.from_file(str(cache), size=math.prod(shape), dtype=torch.uint8).reshape(shape)
+    if all(torch.equal(part[:, :2], part[:, 1:]) for part in images.split(1000)):
+        images = images[:, :1]  # all grey
+    return images, labels, names
 
 
 def load_data(name, data_dir, size, test=False):
@@ -727,45 +717,26 @@ def in_batches(n, batch, what):
 def atomic(file):
     """An open file that replaces `file` when the block ends: whole, or not at all."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f"tmp-{os.urandom(4).hex()}-{file.name}")
+    for old in file.parent.glob("????????.fm-tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - old.stat().st_mtime > 86400:  # of a process that was killed
+                old.unlink()
+    temporary = file.with_name(f"{os.urandom(4).hex()}.fm-tmp")
     try:
         with open(temporary, "wb") as f:
             yield f
             f.flush()
             os.fsync(f.fileno())
-        for seconds in (0.2, 1, 4, 0):
-            try:
-                os.replace(temporary, file)
-                break
-            except PermissionError:  # Windows keeps a file that a viewer has open: try again
-                if seconds == 0:
-                    raise
-                time.sleep(seconds)
+        for seconds in (0.2, 1, 4):  # Windows keeps a file that a viewer has open
+            with contextlib.suppress(PermissionError):
+                return os.replace(temporary, file)
+            time.sleep(seconds)
+        os.replace(temporary, file)
     except OSError as error:
         raise OSError(f"{file} was not written, is the disk full? ({error})") from None
     finally:
         with contextlib.suppress(OSError):  # which would hide the error that led here
             temporary.unlink()
-
-
-def cached(data_dir, name, content, dtype, shapes, make):
-    """An array that make(f) writes into an open .npy file in data_dir, memory-mapped.
-
-    It is made once for each content, the bytes that decide it; again if the file is damaged or
-    holds another type or shape.
-    """
-    for old in Path(data_dir).glob(f"tmp-*-{glob.escape(name)}-*.npy"):
-        with contextlib.suppress(OSError):  # another process may finish it meanwhile
-            if time.time() - old.stat().st_mtime > 86400:  # of a process that was killed
-                old.unlink()
-    npy = Path(data_dir, f"{name}-{hashlib.sha256(content).hexdigest()[:16]}.npy")
-    with contextlib.suppress(Exception):  # numpy raises a dozen kinds
-        array = np.load(npy, mmap_mode="c")
-        if array.dtype == dtype and array.shape in shapes:
-            return array
-    with atomic(npy) as f:
-        make(f)
-    return np.load(npy, mmap_mode="c")
 
 
 # §9  Training  (needs all above) ----------------------------------------------------------------
@@ -847,13 +818,9 @@ def build(config, device, checkpoint=None):
                  scaler=torch.amp.GradScaler(device, enabled=config.amp == "fp16"))
     if kernels:
         parts["muon"] = Muon([dict(params=group) for group in kernels.values()], dict(lr=0.0))
-    if checkpoint:
-        for name, part in parts.items():
-            if name != "scaler" or checkpoint[name]:  # that is {} unless the run was in fp16
-                part.load_state_dict(checkpoint[name])
-        for p, state in parts["adamw"].state.items():  # fused AdamW does not check shapes
-            if any(moment.dim() and moment.shape != p.shape for moment in state.values()):
-                raise ValueError("moments of another shape")
+    for name, part in parts.items():
+        if checkpoint and (name != "scaler" or checkpoint[name]):  # {} unless the run was in fp16
+            part.load_state_dict(checkpoint[name])
     return parts
 
 
@@ -864,12 +831,12 @@ def load(file, device="cpu"):
     try:
         if damaged := zipfile.ZipFile(file).testzip():  # torch.load does not check the sums
             raise ValueError(f"damaged at {damaged}")
-        checkpoint = torch.load(file, map_location="cpu", weights_only=True)  # runs no code
-        flags = {k: checkpoint["config"][k] for k in TRAIN} | dict(steps=checkpoint["step"])
-        if any(type(v) is not type(TRAIN[k]) for k, v in flags.items() if k != "compile"):
+        checkpoint = dict(torch.load(file, map_location="cpu", weights_only=True))  # runs no code
+        config = checkpoint["config"] | dict(steps=checkpoint["step"])
+        check_flags({k: config[k] for k in TRAIN if config[k] != ""})
+        if any(type(config[k]) is not type(v) for k, v in TRAIN.items() if k != "compile"):
             raise ValueError("flags of another type")
-        check_flags(flags, empty_is_fine=True)
-        if flags["path"] not in PATHS or not all(row["step"] > 0 for row in checkpoint["log"]):
+        if config["path"] not in PATHS or type(checkpoint["log"]) is not list:
             raise ValueError("another path or log")
         ema = build(argparse.Namespace(**checkpoint["config"]), device, checkpoint)["ema"]
         if not all(p.isfinite().all() for p in ema.parameters()):
@@ -886,12 +853,13 @@ def make_images(velocity, args, nfes):
     args: all of SAMPLE.  With classes, image i is of args.label, or of class i mod K.
     """
     config, names, device = velocity.config, velocity.config.names, args.device
-    velocity = compiled(velocity, device) if args.compile else velocity
     if args.label not in ["", *names]:
         raise ValueError(f"--label {args.label}: this model, of --classes, knows {names}")
     if args.guidance != 1 and not (names and config.label_drop):
         raise ValueError("--guidance needs a model trained with --classes and a --label-drop")
     classes = [names.index(args.label)] if args.label else range(len(names))
+    if args.compile:
+        velocity = compiled(velocity, device)
     for part in in_batches(args.n, args.batch, "images"):
         noise = draw_noise(args.seed, part, (config.channels, config.size, config.size))
         y = torch.tensor([classes[i % len(classes)] for i in part]).to(device) if names else None
@@ -993,20 +961,16 @@ def train(config, checkpoint=None, stops=()):
 
     parts = build(config, device.type, checkpoint)
     velocity = parts["model"]  # it is saved and averaged without the wrappers that follow
-    model = velocity
-    if world > 1:
-        model = nn.parallel.DistributedDataParallel(model)
+    model = nn.parallel.DistributedDataParallel(velocity) if world > 1 else velocity
     long = device.type == "cuda" and config.steps >= 5000  # compiling takes a minute
     if config.compile or (config.compile is None and long):
         model = compiled(model, device)
     torch.backends.cudnn.benchmark = True  # shapes are fixed
     start, log = (checkpoint["step"], checkpoint["log"]) if checkpoint else (0, [])
-    out, old = Path(config.out), ["tmp-????????-checkpoint.pt", "tmp-????????-step-??????.png"]
+    out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    if config.overwrite and not checkpoint:
-        old += ["checkpoint.pt", "step-[0-9]*.png"]
-    if rank == 0:
-        for file in [file for kind in old for file in out.glob(kind)]:
+    if config.overwrite and not checkpoint and rank == 0:
+        for file in [*out.glob("step-[0-9]*.png"), *out.glob("checkpoint.pt")]:
             file.unlink()
     logged = open(os.devnull if rank else out / "log.jsonl", "w", buffering=1)
     logged.writelines(json.dumps(row) + "\n" for row in log)  # anew, from the checkpoint
@@ -1034,9 +998,10 @@ def train(config, checkpoint=None, stops=()):
         if not saving and step % config.log_every:
             continue
         losses, norms = torch.stack(seen, 1)
-        bad = [step - len(seen) + 1 + i for i in (~norms.isfinite()).nonzero().flatten().tolist()]
-        if bad and parts["scaler"].get_scale() <= 1:  # fp16 halves it, down from 65536; else 1
-            raise FloatingPointError(f"the gradient of step {bad[0]} is not finite; the last "
+        finite = norms.isfinite().tolist()
+        if not all(finite) and parts["scaler"].get_scale() <= 1:  # fp16 halves it, from 65536
+            bad = step - len(seen) + 1 + finite.index(False)
+            raise FloatingPointError(f"the gradient of step {bad} is not finite; the last "
                                      "checkpoint is kept: try a lower --lr")
         loss = losses.mean() / world
         if world > 1:
@@ -1171,16 +1136,14 @@ def integers(text):
     return [] if text == "none" else [int(part) for part in text.split(",")]
 
 
-def check_flags(flags, empty_is_fine=False):
+def check_flags(flags):
     """Raises ValueError for a number out of range: of MAY_BE_0 from 0, of AT_MOST_1 to 1."""
     for flag, value in flags.items():
-        low = 0 if flag in MAY_BE_0 else 1e-12
-        high = 1 if flag in AT_MOST_1 else 1e12
+        low, high = 0 if flag in MAY_BE_0 else 1e-12, 1 if flag in AT_MOST_1 else 1e12
         values = (value or [0]) if isinstance(value, list) else [value]  # "none" counts as 0
-        if value == "" and not empty_is_fine:
-            raise ValueError(f"--{flag.replace('_', '-')} is empty")
-        if not all(low <= x <= high for x in values if type(x) in (int, float)):
-            raise ValueError(f"--{flag.replace('_', '-')} {value} is not from {low:g} to {high:g}")
+        if value == "" or not all(low <= x <= high for x in values if type(x) in (int, float)):
+            name = flag.replace("_", "-")
+            raise ValueError(f"--{name} {value} is empty or not from {low:g} to {high:g}")
 
 
 def check_free(out, overwrite):
@@ -1207,15 +1170,12 @@ def look_around(name):
 
 @contextlib.contextmanager
 def stop_signals():
-    """The list of the stop signals that came.  The second one, and any later, act as ever."""
+    """The list of the stop signals that came.  One that comes again acts as ever."""
     caught, before = [], {}
 
     def note(number, _):
         caught.append(number)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        with contextlib.suppress(OSError, ValueError, AttributeError):  # the terminal may be gone
-            os.write(sys.stderr.fileno(), b"stopping after this step; once more stops at once\n")
+        signal.signal(number, before[number])
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
@@ -1238,10 +1198,10 @@ def run_train(defaults, typed):
         out = out if typed.keys() & {"out", "data", "path"} else newest.parent
         checkpoint, _ = load(out / "checkpoint.pt")
         known = checkpoint["config"]
-        for flag in typed.keys() - MAY_CHANGE:
-            if typed[flag] != known[flag]:
-                name = flag.replace("_", "-")
-                raise ValueError(f"--{name} cannot change: {out} began with {known[flag]}")
+        changed = ["--" + k.replace("_", "-") for k in typed.keys() - MAY_CHANGE
+                   if typed[k] != known[k]]
+        if changed:
+            raise ValueError(f"{', '.join(changed)} cannot change in the run {out}")
     here = dict(device=device, out=str(out))
     config = argparse.Namespace(**defaults | dict(amp=amp) | known | typed | here)  # the last wins
     if (device, config.amp) == ("mps", "fp16"):
@@ -1251,8 +1211,6 @@ def run_train(defaults, typed):
     if checkpoint and checkpoint["step"] >= config.steps:
         raise ValueError(f"{out} is at step {checkpoint['step']:,}: ask for more --steps")
     if not checkpoint:
-        with torch.device("meta"):  # refuses a bad shape before any work
-            UNet(1, config.size, config.width, config.mults)
         check_free(out, config.overwrite)
     with stop_signals() as caught:
         step = train(config, checkpoint, caught)
@@ -1268,15 +1226,15 @@ def open_model(defaults, typed):
     file = Path(typed.get("ckpt", newest))
     checkpoint, velocity = load(file, device)
     config = velocity.config
+    if "amp" not in defaults or typed.get("solver", defaults["solver"]) == "dopri5":
+        amp = "off"  # nll has no amp; dopri5 would take the rounding for its error
     known = dict(ckpt=str(file), device=device, amp=amp, data_dir=config.data_dir,
                  results=str(file.with_name("results.jsonl")))
     if config.data not in ("digits", *TORCHVISION):
         known["reference"] = "train"  # a folder has no test split
     args = argparse.Namespace(**defaults | known | typed)
-    if "label" in typed:
+    if "label" in defaults:
         args.label = unicodedata.normalize("NFC", args.label)  # as load_folder does
-    if args.solver == "dopri5" or "amp" not in defaults:  # nll has none; dopri5 would take the
-        args.amp = typed.get("amp", "off")  # rounding for its error
     if args.solver == "dopri5" and "steps" in typed:
         raise ValueError("dopri5 chooses its steps: leave out --steps, or take --solver rk4")
     print(f"{file}: {config.data}, path {config.path}, step {checkpoint['step']:,}, EMA weights")
@@ -1286,9 +1244,7 @@ def open_model(defaults, typed):
     images, _, _ = load_data(data, args.data_dir, config.size, args.reference == "test")
     if images.shape[1] != config.channels:
         raise ValueError(f"{data} has {images.shape[1]} channels, the model {config.channels}")
-    results = Path(args.results)  # what cannot be written is said before the work
-    if results.is_dir() or not os.access(results if results.exists() else results.parent, os.W_OK):
-        raise ValueError(f"--results {results} cannot be written")
+    open(args.results, "a").close()  # what cannot be written is said before the work
     return args, velocity, images
 
 
@@ -1296,25 +1252,23 @@ def run_sample(args, velocity):
     """Make images from the EMA weights of a checkpoint: a grid, or one PNG per image."""
     out = Path(args.out or Path(args.ckpt).with_name("samples.png"))
     check_free(out, args.overwrite or not args.out)
-    marks = {name: "-" + name.replace("/", "_") for name in velocity.config.names} or {"": ""}
-    marks_made = [marks[args.label]] if args.label in marks else [*marks.values()]
-    nfes = []
+    marks = {name: "-" + name.replace("/", "_") for name in velocity.config.names} | {"": ""}
+    names, nfes = [args.label] if args.label else velocity.config.names or [""], []
     images = itertools.chain.from_iterable(make_images(velocity, args, nfes))
     if out.suffix.lower() == ".png":
-        K = len(marks_made)
-        columns = K * max(1, round(args.n**0.5 / K))  # about square, a class a column
-        with atomic(out) as f:
+        columns = len(names) * max(1, round(args.n**0.5 / len(names)))  # about square, a class
+        with atomic(out) as f:  # a column
             picture_grid(torch.stack([*images]), columns).save(f, "PNG")
     else:
         out.mkdir(parents=True, exist_ok=True)
-        made = set()
+        old = {file for mark in marks.values()  # of a run that --overwrite replaces
+               for file in out.glob("[0-9]" * 6 + glob.escape(f"{mark}.png"))}
         for i, image in enumerate(images):
-            file = out / f"{i:06d}{marks_made[i % len(marks_made)]}.png"
+            file = out / f"{i:06d}{marks[names[i % len(names)]]}.png"
             to_pil_image(image).save(file)
-            made.add(file)
-        for mark in ["", *marks.values()]:  # what is left of a run that --overwrite replaces
-            for file in {*out.glob("[0-9]" * 6 + glob.escape(f"{mark}.png"))} - made:
-                file.unlink()
+            old.discard(file)
+        for file in old:
+            file.unlink()
     print(f"{out}: {args.n:,} images, {args.solver}, NFE {np.mean(nfes):g}, amp {args.amp}")
 
 
@@ -1334,14 +1288,12 @@ def run_fid(args, velocity, images):
     elif args.inception or D > 4096:
         raise ValueError("pixels take no --inception, and images of at most 4096 numbers")
     parts = (images[part] for part in in_batches(len(images), 1000, "reference"))
-    content = repr(images.shape).encode() + hashlib.sha256(images.numpy()).digest()
-    real = cached(args.data_dir, args.features, content, "float64", [(D + 1, D)],
-                  lambda f: np.save(f, np.vstack(fit_gaussian(parts, features))))
+    real = fit_gaussian(parts, features)
     for steps in args.steps:
         one = argparse.Namespace(**vars(args) | dict(steps=steps, label=""))
         nfes, since = [], time.perf_counter()
         made = fit_gaussian(make_images(velocity, one, nfes), features)
-        distance = frechet_distance(*made, real[0], real[1:])  # mean above covariance
+        distance = frechet_distance(*made, *real)
         text = f"{title} {distance:.4f}: {args.n:,} made, {len(images):,} of {args.reference}"
         report(one, text, since, nfes, frechet_distance=distance, n_reference=len(images))
     if args.n < 50_000:
@@ -1355,9 +1307,9 @@ def run_nll(args, velocity, images):
     config = velocity.config
     if config.names and not config.label_drop:
         raise ValueError("nll needs a model that knows images without a class, by --label-drop")
-    if min(args.n, len(images)) < 2:
-        raise ValueError("nll needs at least two images, for its standard error")
     n, K, shape = min(args.n, len(images)), args.k, images.shape[1:]
+    if n < 2:
+        raise ValueError("nll needs at least two images, for its standard error")
     chosen = np.random.default_rng(args.seed).permutation(len(images))
     log_p, nfes, since = [], [], time.perf_counter()
     for part in in_batches(n * K, args.batch, "densities"):
@@ -1410,6 +1362,20 @@ COMMANDS = {
 }
 
 
+def add_flags(parser, defaults):
+    """A flag for each default, of its type, with its line of HELP."""
+    texts = dict(line.split(maxsplit=1) for line in HELP.strip().split("\n"))
+    for flag, default in defaults.items():
+        *choices, text = texts[flag].split(" | ")
+        how = dict(type=type(default), choices=choices or None)
+        if isinstance(default, bool | None):
+            how = dict(action=argparse.BooleanOptionalAction)
+        elif isinstance(default, list):
+            how, default = dict(type=integers), ",".join(map(str, default)) or "none"
+        text += "" if default in ("", None) else f" (default: {default})"
+        parser.add_argument("--" + flag.replace("_", "-"), help=text, **how)
+
+
 def main(argv=None):
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
@@ -1420,47 +1386,32 @@ def main(argv=None):
     about, *examples = __doc__.split("\n")
     parser = argparse.ArgumentParser("flow_matching.py", description=about, **style)
     commands = parser.add_subparsers(dest="command", required=True, prog=parser.prog)
-    texts = dict(line.split(maxsplit=1) for line in HELP.strip().split("\n"))
-    for command, (run, defaults) in COMMANDS.items():
-        lines = [line for line in examples if f".py {command}" in line]
+    for name, (run, defaults) in COMMANDS.items():
+        lines = ["examples:", *(line for line in examples if f".py {name}" in line)]
         if defaults is TRAIN:
             lines += [f"changed by --data {data}: {recipe}" for data, recipe in RECIPES.items()]
-        p = commands.add_parser(command, help=run.__doc__, description=run.__doc__,
-                                epilog="\n".join(["examples:", *lines]), **style)
-        for flag, default in defaults.items():
-            *choices, text = texts[flag].split(" | ")
-            kind = integers if isinstance(default, list) else type(default)
-            how = dict(type=kind, choices=choices or None)
-            if isinstance(default, bool | None):
-                how = dict(action=argparse.BooleanOptionalAction)
-            shown = default
-            if isinstance(default, list):
-                shown = ",".join(map(str, default)) or "none"
-            text += "" if shown in ("", None) else f" (default: {shown})"
-            p.add_argument("--" + flag.replace("_", "-"), help=text, **how)
+        add_flags(commands.add_parser(name, help=run.__doc__, description=run.__doc__,
+                                      epilog="\n".join(lines), **style), defaults)
     typed, unknown = parser.parse_known_args(argv)
     typed = vars(typed)
-    command = typed.pop("command")
+    name = typed.pop("command")
+    run, defaults = COMMANDS[name]
+    refuse = commands.choices[name].error  # prints one line, exits with status 2
     if unknown:
-        commands.choices[command].error(f"unrecognized arguments: {' '.join(unknown)}")
-    run, defaults = COMMANDS[command]
+        refuse(f"unrecognized arguments: {' '.join(unknown)}")
     torch.backends.cudnn.allow_tf32 = False  # it keeps three digits; whoever wants speed has bf16
     try:
         check_flags(typed)
-        if "ckpt" in defaults:
-            run(*open_model(defaults, typed))
-        else:
-            run(defaults, typed)
+        run(*open_model(defaults, typed) if "ckpt" in defaults else (defaults, typed))
     except KeyboardInterrupt:
         sys.exit(130)
     except Exception as problem:
         text = " ".join(str(problem).split())
-        memory = isinstance(problem, (MemoryError, torch.OutOfMemoryError))
-        if memory or "allocate memory" in text:  # which is what torch says on a CPU
-            text = "out of memory: lower --batch, --size or --width"
-        elif not isinstance(problem, (ValueError, OSError, FloatingPointError)):
+        if isinstance(problem, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
+            refuse("out of memory: lower --batch, --size or --width")
+        if not isinstance(problem, ValueError | OSError | FloatingPointError):
             raise  # a fault of the code keeps its traceback
-        commands.choices[command].error(text)
+        refuse(text)
 
 
 if __name__ == "__main__":
