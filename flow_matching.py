@@ -112,7 +112,7 @@ def marginal_velocity(path, x, t, means, tau=0.0):
     alpha, sigma, d_alpha, d_sigma = (c[:, None, None] for c in path(t))
     offset = x[:, None] - alpha * means  # (B, K, D)
     variance = (alpha * tau) ** 2 + sigma**2
-    growth = (alpha * d_alpha * tau**2 + sigma * d_sigma) / variance  # of the std, relative
+    growth = (alpha * d_alpha * tau**2 + sigma * d_sigma) / variance  # std'/std
     posterior = (-offset.square().sum(-1, keepdim=True) / (2 * variance)).softmax(1)  # (B, K, 1)
     return (posterior * (growth * offset + d_alpha * means)).sum(1)
 
@@ -133,14 +133,16 @@ def cfm_loss(v, path, x_1, x_0=None, t=None, weight=1.0):
     alpha, sigma, d_alpha, d_sigma = coefficients(path, t, x_1)
     u = d_alpha * x_1 + d_sigma * x_0
     velocity = v(alpha * x_1 + sigma * x_0, t)
-    if not velocity.shape == x_0.shape == x_1.shape or torch.as_tensor(weight).dim() > 1:
-        raise ValueError(f"velocity {tuple(velocity.shape)}, x_0 {tuple(x_0.shape)}, x_1 "
-                         f"{tuple(x_1.shape)}: of one shape, or they would broadcast; weight (B,)")
+    shapes = [tuple(part.shape) for part in (velocity, x_0, x_1, t)]
+    alike = shapes[0] == shapes[1] == shapes[2] and shapes[3] == shapes[2][:1]
+    if not alike or torch.as_tensor(weight).dim() > 1:
+        raise ValueError("velocity {}, x_0 {}, x_1 {}, t {}: these would broadcast; and a weight "
+                         "must be (B,)".format(*shapes))
     return (weight * (velocity - u).square().reshape(len(u), -1).mean(1)).mean()
 
 
 # §3  ODE solvers: dx/dt = f(x, t) ---------------------------------------------------------------
-# Here t is a number; odeint hands it to v as times (B,).
+# For a step, t is a number; odeint hands it to v as times (B,).
 
 
 def evaluate(v, x, t):
@@ -232,7 +234,7 @@ def odeint(v, x, t_0=0.0, t_1=1.0, solver="midpoint", steps=20, tolerance=1e-5):
 @torch.no_grad()
 def sample(v, noise, path=ot_path, **solver):
     """Noise (B, ...) from N(0, I) to data: x_1 and the NFE; solver: as for odeint."""
-    sigma_0 = path(noise.new_zeros(1))[1]  # p_0 = N(0, σ(0)² I)
+    sigma_0 = path(noise.new_zeros(1))[1]  # p_0 = N(0, σ(0)² I): all but exact for vp and ve
     return odeint(v, sigma_0 * noise, 0.0, 1.0, **solver)
 
 
@@ -259,9 +261,9 @@ def log_likelihood(v, x_1, path=ot_path, probes=None, **solver):
     def f(state, t):  # x and ∫ div v dt, as one state: (B, D + 1)
         with torch.inference_mode(False), torch.enable_grad():
             x = state[:, :-1].clone().reshape(x_1.shape).requires_grad_()
-            t = t.clone()  # of inference mode, if it was on
+            t = t.clone()  # autograd refuses a tensor that inference mode made
             u = evaluate(v, x, t)
-            if not u.requires_grad and not torch.equal(u, v(x + 1, t)):  # yet it looks at x
+            if not u.requires_grad and not torch.equal(u, v(x + 1, t)):  # no graph, but x matters
                 raise ValueError("v passes no gradient to x: call it without no_grad or detach")
             u = u + 0 * x  # so that a field which does not look at x has divergence 0
             div = sum(torch.autograd.grad(u, x, E, retain_graph=True)[0] * E for E in probes)
@@ -276,7 +278,8 @@ def log_likelihood(v, x_1, path=ot_path, probes=None, **solver):
 def bits_per_dim(log_p, D):
     """−log2 P(image) / D of images of 256 levels: (B,).
 
-    log_p: (B, K), nats, log p_1 of K draws of x = (k + u)/128 − 1 for levels k and u ~ U[0, 1).
+    log_p: (B, K), nats, log p_1 of K draws of x = (k + u)/128 − 1 for levels k and u ~ U[0, 1),
+    the bin around the value k/127.5 − 1 that level k has in training.
     The mean result is an upper bound that K tightens.  A level is 1/128 wide: 7 = log2 128 bits.
     """
     return 7 - (log_p.logsumexp(1) - math.log(log_p.shape[1])) / (D * math.log(2))
@@ -385,9 +388,10 @@ class ResBlock(nn.Module):
 class UNet(nn.Module):
     """The network: x (B, C, H, W), t (B,), labels y (B,) or None -> (B, C, H, W).
 
-    width: channels at full resolution, a multiple of 4; mults: of the width, and blocks: per level;
-    attention: heights of the feature maps, for images of this size, at which to attend, if any
-    then also in the middle; classes: number of labels; label `classes`, or y = None, is "no label".
+    width: channels at full resolution, a multiple of 4; mults: multiples of it, one per level;
+    blocks: residual blocks per level; attention: heights of feature maps at which to attend, for
+    images of height `size`; if there is one, the middle attends too; classes: number of labels,
+    where label `classes`, or y = None, is "no label".
     The defaults are the usual CIFAR-10 net: 35.5M parameters.
     Raises ValueError for a height or width that is not divisible by 2^(levels − 1).
     """
@@ -451,9 +455,10 @@ class UNet(nn.Module):
 class Velocity(nn.Module):
     """The velocity v(x, t, y) of a config: for ot a plain U-Net F, as in Eq. 23.
 
-    For vp and ve, whose scales vary (ve's targets from 0.085 to 426), F learns only what the best
+    For vp and ve, whose scales vary (ve's |σ'| from 0.085 to 426), F learns only what the best
     linear predictor misses, at unit scale (Karras et al., arXiv 2206.00364, §5, for any path):
-    v = c_skip x + c_out F(c_in x, t, y), loss weight 1/c_out².
+    v = c_skip x + c_out F(c_in x, t, y), loss weight 1/c_out².  config: the flags of train with
+    what train found in the data: channels, names of classes, data_rms.
     """
 
     def __init__(self, config):
@@ -470,7 +475,7 @@ class Velocity(nn.Module):
         s = self.config.data_rms
         c_in = (alpha**2 * s**2 + sigma**2) ** -0.5
         c_skip = (alpha * d_alpha * s**2 + sigma * d_sigma) * c_in**2
-        c_out = s * (alpha * d_sigma - sigma * d_alpha).abs() * c_in
+        c_out = s * (alpha * d_sigma - sigma * d_alpha).abs() * c_in  # the std of u − c_skip x
         return c_in, c_skip, c_out
 
     def forward(self, x, t, y=None):
@@ -497,8 +502,8 @@ def pixels(images):
 
 
 def resize_as_tensorflow_1(x, size=299):
-    """Bilinear (B, C, H, W) -> (B, C, size, size): pixel i from i H/size, and no antialiasing."""
-    x = F.pad(x, (0, 1, 0, 1), "replicate")  # then corners map to corners, H to size
+    """Bilinear (B, C, H, W) -> (B, C, size, size): pixel i lies at i H/size; no antialiasing."""
+    x = F.pad(x, (0, 1, 0, 1), "replicate")  # now corner to corner: pixel size lies at H
     x = F.interpolate(x, (size + 1, size + 1), mode="bilinear", align_corners=True)
     return x[..., :size, :size]
 
@@ -526,7 +531,7 @@ def inception(file="", device="cpu"):
     net.fc = nn.Identity()
     net = net.eval().requires_grad_(False).to(device)
 
-    def pool_by(pool, block):  # torchvision's forward() pools: pool what came into it once more
+    def pool_by(pool, block):  # in place of what torchvision's forward() pools by itself
         entered = []
         block.register_forward_pre_hook(lambda _, x: entered.append(x[0]))
         block.branch_pool.register_forward_pre_hook(lambda _, x: (pool(entered.pop()),))
@@ -611,13 +616,16 @@ def draw_digits(n, size, seed=0):
 
 
 def decode(file, size, bad):
-    """An image file, upright, its central square at size x size: RGB bytes, in (3, H, W) order."""
+    """An image file's central square, upright, as RGB bytes in (3, size, size) order.
+
+    What does not decode is added to the list `bad`, and has no bytes.
+    """
     try:
         with Image.open(file) as image:
             if image.mode == "F" or (image.mode == "I" and image.format != "PNG"):
                 raise ValueError(f"pixels of mode {image.mode} may mean any range of grey")
             image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits, in a PNG too: Pillow would clip, not scale them
+        if image.mode.startswith("I"):  # 16 bits, which Pillow would clip, not scale
             image = Image.fromarray((np.asarray(image) / 257).round().astype(np.uint8))
         image = ImageOps.fit(image.convert("RGBA"), (size, size), Image.LANCZOS)
         white = Image.new("RGBA", image.size, "white")
@@ -635,12 +643,12 @@ def load_folder(folder, data_dir, size):
     root, classes, others = Path(os.path.realpath(folder)), {}, []
     for name in sorted(glob.glob("**/*", root_dir=root, recursive=True)):
         path = root / name  # glob follows links and skips hidden names
-        above = Path(os.path.realpath(path.parent))  # in a circle it lies below the path itself
+        above = Path(os.path.realpath(path.parent))  # is below a link that leads in a circle
         if not os.access(path, os.R_OK) or above.is_relative_to(os.path.realpath(path)):
             raise ValueError(f"{path} is a broken link, a link in a circle, or not to be read")
         if path.is_file() and path.suffix.lower() in IMAGES:
             classes[path] = unicodedata.normalize("NFC", os.path.dirname(name)).split(os.sep)[0]
-        elif not path.is_dir() or not any(path.iterdir()):
+        elif not path.is_dir() or not any(path.iterdir()):  # another file, an empty folder
             others.append(path.suffix or name)
     if others:
         print(folder, "left out:", *(f"{others.count(end):,} {end}" for end in sorted({*others})))
@@ -741,7 +749,7 @@ def atomic(file):
 
 # §9  Training  (needs all above) ----------------------------------------------------------------
 
-TRAIN = dict(  # the flags of train; a checkpoint keeps them
+TRAIN = dict(  # the flags of train, kept in a checkpoint; "" and None: run_train chooses
     data="digits", path="ot", classes=False, coupling="independent", time="logit-normal",
     data_dir="data", size=16, width=32, mults=[1, 2, 2], blocks=1, attention=[], dropout=0.0,
     label_drop=0.1, batch=32, optimizer="muon", lr=5e-3, warmup=50, steps=1000, ema=0.995,
@@ -777,8 +785,8 @@ class Muon(torch.optim.Optimizer):
             momentum = state.setdefault("momentum", torch.zeros_like(G))
             X = G.lerp(momentum.lerp_(G, 0.1), 0.9)  # Nesterov's look ahead
             X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-12)
-            for _ in range(3):  # Newton-Schulz: an odd polynomial leads the singular values that
-                A = X @ X.mT  # are above 2% of the norm to between 0.68 and 1.21
+            for _ in range(3):  # Newton-Schulz: singular values above 0.02 come to 0.68..1.21
+                A = X @ X.mT
                 X = 3.4445 * X + (2.0315 * A @ A - 4.7750 * A) @ X
             X = lr * 0.2 * max(X.shape[1:]) ** 0.5 * X  # AdamW's RMS is 0.2: arXiv 2502.16982
             torch._foreach_sub_(kernels, list(X.view(-1, *kernels[0].shape)))
@@ -833,7 +841,7 @@ def load(file, device="cpu"):
             raise ValueError(f"damaged at {damaged}")
         checkpoint = dict(torch.load(file, map_location="cpu", weights_only=True))  # runs no code
         config = checkpoint["config"] | dict(steps=checkpoint["step"])
-        check_flags({k: config[k] for k in TRAIN if config[k] != ""})
+        check_flags({k: config[k] for k in TRAIN if config[k] != ""})  # in range, a step too
         if any(type(config[k]) is not type(v) for k, v in TRAIN.items() if k != "compile"):
             raise ValueError("flags of another type")
         if config["path"] not in PATHS or type(checkpoint["log"]) is not list:
@@ -873,7 +881,7 @@ def make_images(velocity, args, nfes):
 
 def save(config, step, parts, log, grid):
     """In config.out: a grid of samples of the EMA weights, if one is due, then the checkpoint."""
-    if grid:  # first: weights that are not finite stop here, unsaved
+    if grid:  # first: odeint raises for weights that are not finite, and they are not saved
         args = argparse.Namespace(**SAMPLE | dict(device=config.device))
         with contextlib.redirect_stdout(io.StringIO()):
             images = torch.cat([*make_images(parts["ema"], args, [])])
@@ -937,12 +945,12 @@ def update(parts, config, step):
 def train(config, checkpoint=None, stops=()):
     """Train by a config, all of TRAIN; fills config.out with checkpoint.pt, log.jsonl and grids.
 
-    From a checkpoint that load() read it goes on, bit by bit on a CPU.  stops: a list; once there
-    is something in it, as a signal, the run ends with a checkpoint.  Returns the last step.
+    After a checkpoint that load() read, a CPU makes the bits of an unbroken run.  stops: a list;
+    once a signal is in it, the run ends with a checkpoint.  Returns the last step.
     """
     rank, world, device = start_ranks(config.device)
-    first = os.environ.get("LOCAL_RANK", "0") == "0"  # of its machine: it downloads or decodes,
-    if not first:  # the others wait
+    first = os.environ.get("LOCAL_RANK", "0") == "0"  # of its machine: it loads, the others wait
+    if not first:
         dist.barrier()
     images, labels, names = load_data(config.data, config.data_dir, config.size)
     if first and world > 1:
@@ -980,7 +988,7 @@ def train(config, checkpoint=None, stops=()):
           f" each; {config.steps:,} steps into {out}/")
 
     since, seen, unread, step = time.perf_counter(), [], False, start
-    for step in range(start + 1, config.steps + 1):  # only fp16, coupling and a log line wait
+    for step in range(start + 1, config.steps + 1):  # waits for a GPU: fp16, coupling, log
         batch = draw_batch(images, labels, config, step, device)
         x_1, y, x_0, t = (part.chunk(world)[rank] for part in batch)
         torch.manual_seed(hash((config.seed, step, rank)))  # dropout differs between ranks
@@ -999,7 +1007,7 @@ def train(config, checkpoint=None, stops=()):
             continue
         losses, norms = torch.stack(seen, 1)
         finite = norms.isfinite().tolist()
-        if not all(finite) and parts["scaler"].get_scale() <= 1:  # fp16 halves it, from 65536
+        if not all(finite) and parts["scaler"].get_scale() <= 1:  # 1 if off; fp16 halves 65536
             bad = step - len(seen) + 1 + finite.index(False)
             raise FloatingPointError(f"the gradient of step {bad} is not finite; the last "
                                      "checkpoint is kept: try a lower --lr")
@@ -1080,11 +1088,11 @@ def draw_paths(means, tau, seed=0):
 
 # §11  Command line ------------------------------------------------------------------------------
 
-# A line a flag: its choices, if it has any, each before a |, then what it means.
+# A line a flag: "a | b | text" has the choices a and b; text says what it means.
 HELP = f"""
 amp        bf16 | fp16 | off | mixed precision; default: by device, off for dopri5
 attention  heights of maps to attend at, as 16,8; or none
-batch      images per step, over all ranks; else at a time
+batch      images at a time; of train: per step, over all ranks
 blocks     residual blocks per level
 ckpt       checkpoint; default: the newest runs/*/checkpoint.pt
 classes    learn to make images of a given class
@@ -1217,7 +1225,7 @@ def run_train(defaults, typed):
     if step < config.steps:
         with contextlib.suppress(OSError):
             print("go on with: python flow_matching.py train --resume --out", shlex.quote(str(out)))
-        sys.exit(128 + (caught or [signal.SIGTERM])[0])  # none: another rank caught it
+        sys.exit(128 + (caught or [signal.SIGTERM])[0])  # none: another rank's, or a reader gone
 
 
 def open_model(defaults, typed):
@@ -1256,8 +1264,9 @@ def run_sample(args, velocity):
     names, nfes = [args.label] if args.label else velocity.config.names or [""], []
     images = itertools.chain.from_iterable(make_images(velocity, args, nfes))
     if out.suffix.lower() == ".png":
-        columns = len(names) * max(1, round(args.n**0.5 / len(names)))  # about square, a class
-        with atomic(out) as f:  # a column
+        # about square, with a column for each class
+        columns = len(names) * max(1, round(args.n**0.5 / len(names)))
+        with atomic(out) as f:
             picture_grid(torch.stack([*images]), columns).save(f, "PNG")
     else:
         out.mkdir(parents=True, exist_ok=True)
@@ -1281,7 +1290,7 @@ def report(args, text, since, nfes, **row):
 
 
 def run_fid(args, velocity, images):
-    """Fréchet distance between real images and those of a checkpoint, as many of each class."""
+    """Fréchet distance between real images and those of a checkpoint, classes in equal numbers."""
     features, D, title = pixels, images[0].numel(), "Fréchet distance of pixels"
     if args.features == "inception":
         features, D, title = inception(args.inception, args.device), 2048, "FID"
@@ -1316,8 +1325,8 @@ def run_nll(args, velocity, images):
         rows = [j // K for j in part]
         u = torch.special.ndtr(draw_noise((args.seed, 1), part, shape))  # Φ(normal) is uniform
         x = (images[chosen[rows]] + u) / 128 - 1
-        # the K draws of an image share their signs: several errors would not cancel in
-        # bits_per_dim's mean of exponentials but raise it
+        # one draw of signs for the K draws of an image: independent errors of the estimate would
+        # raise bits_per_dim's mean of exponentials
         signs = draw_noise((args.seed, 2), rows, shape).sign().to(args.device)
         one, nfe = log_likelihood(velocity, x.to(args.device), PATHS[config.path],
                                   None if args.exact else [signs], solver=args.solver,

@@ -19,7 +19,6 @@ import subprocess
 import sys
 import time
 import unittest.mock
-from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +26,9 @@ import pytest
 import scipy.stats
 import torch
 import torch.nn.functional as F
-import torchgen
 import torchvision
 from PIL import Image
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 import flow_matching as fm
 
@@ -72,7 +68,7 @@ def refuse(command, *more):
         run(command, *more)
     error = said.getvalue()
     assert stop.value.code == 2 and error.count("\n") == 1 and error.endswith("\n"), error
-    assert re.match(rf"flow_matching.py( {command.split()[0]})?: error: ", error), error
+    assert error.startswith(f"flow_matching.py {command.split()[0]}: error: "), error
     return error
 
 
@@ -95,7 +91,6 @@ def losses(out):
 
 
 def same(a, b):
-    """Whether two runs ended with the same bits."""
     a, b = load(a), load(b)
     return all(torch.equal(a[part][k], b[part][k]) for part in ("model", "ema") for k in a[part])
 
@@ -120,7 +115,6 @@ def at_loss(monkeypatch, actions):
 
 @pytest.fixture(autouse=True)
 def an_empty_directory(tmp_path, monkeypatch):
-    """In which a test works."""
     monkeypatch.chdir(tmp_path)
 
 
@@ -134,7 +128,6 @@ def tiny(tmp_path_factory):
 
 
 # §1  Probability paths --------------------------------------------------------------------------
-
 def paper(name, t):
     """α and σ as the paper has them, and α' and σ' by automatic differentiation."""
     t = t.detach().double().requires_grad_()
@@ -201,7 +194,6 @@ def test_theorem_1_the_marginal_field_is_eq_8_and_satisfies_the_continuity_equat
 
 
 # §2  Loss ---------------------------------------------------------------------------------------
-
 @pytest.mark.parametrize("path", [
     fm.ot_path, fm.vp_path, functools.partial(fm.ve_path, sigma_min=0.1, sigma_max=2)])
 def test_theorem_2_gradients_are_equal_while_the_losses_differ(path):
@@ -283,9 +275,7 @@ def test_a_solve_that_fails_says_so(v, solver, says):
 
 
 # §4  Sampling and likelihood --------------------------------------------------------------------
-
 def stir(x, t):
-    """Any smooth field: (B, ..., 2)."""
     t = t.view(-1, *[1] * (x.dim() - 2))
     return torch.stack([(x[..., 1] + t).sin(), (2 * x[..., 0]).cos() - x[..., 1] * t], -1)
 
@@ -317,7 +307,6 @@ def test_likelihood_is_by_the_jacobian_of_sampling_and_hutchinson_is_unbiased(na
 
 
 # §5  Coupling, guidance, noise ------------------------------------------------------------------
-
 def test_ot_coupling_is_the_best_permutation_and_with_labels_within_each_class():
     x_0, x_1 = double(6, 1, 2, 2), double(6, 1, 2, 2, seed=1)
     best = min(itertools.permutations(range(6)),
@@ -341,7 +330,6 @@ def test_noise_is_normal_and_depends_on_seed_and_index_alone():
 
 
 # §6  Network ------------------------------------------------------------------------------------
-
 def randomise(net, std=0.3):
     """Every parameter random, those that start at zero or one too."""
     torch.manual_seed(0)
@@ -433,7 +421,6 @@ def test_a_section_pasted_with_those_it_names_runs_and_has_every_name_that_it_us
 
 
 # §7  Fréchet distance ---------------------------------------------------------------------------
-
 def frechet(f, g):
     """Between features (n, D): of S = C Cᵀ, tr √(S_1 S_2) sums the singular values of C_1ᵀ C_2."""
     C = [(x - x.mean(0)) / (len(x) - 1) ** 0.5 for x in (f, g)]
@@ -455,7 +442,6 @@ def test_frechet_distance_of_known_gaussians():
 
 
 def numbers(n):
-    """n images of one pixel, the i-th of value i."""
     return torch.arange(n, dtype=torch.uint8).reshape(n, 1, 1, 1)
 
 
@@ -499,14 +485,12 @@ def test_inception_features_are_torch_fidelity_s(inception_file):
 
 
 # §8  Data ---------------------------------------------------------------------------------------
-
 def test_every_level_is_the_nearest_one_and_survives_the_round_trip():
     levels = torch.arange(256, dtype=torch.uint8)
-    assert fm.to_float(levels).aminmax() == (-1, 1)
     for off in (-0.49, 0, 0.49):
         assert torch.equal(fm.to_uint8((levels.double() + off) / 127.5 - 1), levels)
-    assert torch.equal(fm.to_uint8(fm.to_float(levels)), levels)
     assert fm.to_uint8(torch.tensor([-1.5, 1.5])).tolist() == [0, 255]
+    assert fm.to_float(levels).aminmax() == (-1, 1)
 
 
 def test_drawn_digits_can_be_told_apart():
@@ -550,8 +534,7 @@ def test_a_folder_of_any_sizes_and_modes_becomes_one_array_and_the_rest_is_named
     images, labels, names = fm.load_folder(".", ".cache", 8)
     left, = (line for line in capsys.readouterr().out.splitlines() if "left out" in line)
     assert all(f"1 {what}" in left for what in (".MOV", ".txt", "a/pipe", "void"))
-    assert names == ["a", "\u00e9"]
-    assert labels.tolist() == [2, 0, 0, 0, 0, 1, 1, 1, 1]
+    assert names == ["a", "\u00e9"] and labels.tolist() == [2, 0, 0, 0, 0, 1, 1, 1, 1]
     expected = [read for _, read in files.values() if read is not None] + [centre]
     expected = torch.from_numpy(np.stack([np.broadcast_to(e, (8, 8, 3)) for e in expected]))
     assert images.dtype == torch.uint8
@@ -625,7 +608,6 @@ def test_cifar10_loads_from_files_in_its_own_format(monkeypatch):
 
 
 # §1-§8: what the functions refuse ---------------------------------------------------------------
-
 def fit(*images):
     return fm.fit_gaussian(images, lambda part: 1 / (part.flatten(1).float() - 8))
 
@@ -936,7 +918,7 @@ def test_a_checkpoint_is_flushed_beside_the_old_one_and_then_renamed(tiny, monke
     monkeypatch.setattr(os, "fsync", watch)
     run(f"{RESUME} run --steps 25")
     assert flushed[file.stat().st_ino] == file.stat().st_size and load("run")["step"] == 25
-    assert Path("old").read_bytes() == before and not [*Path("run").glob("tmp-*")]
+    assert Path("old").read_bytes() == before and not [*Path("run").glob("*.fm-tmp")]
 
 
 @pytest.mark.parametrize("kind, most, command, says", [
@@ -952,15 +934,14 @@ def test_a_full_disk_or_memory_is_named_and_the_checkpoint_stays(kind, most, com
         assert says in refuse(command.format(tiny[0]))
     finally:
         resource.setrlimit(kind, limits)
-    assert file.read_bytes() == before and not [*Path("run").glob("tmp-*")]
+    assert file.read_bytes() == before and not [*Path("run").glob("*.fm-tmp")]
 
 
 def test_rates_and_the_time_left_are_of_this_run_also_after_a_resume(tiny, monkeypatch):
     """By a clock that each step moves by two seconds, and each look at it by next to nothing."""
     clock = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: clock.append(clock[-1] + 1e-6) or clock[-1])
-    step = {n: lambda loss: clock.append(clock[-1] + 2) or loss for n in range(99)}
-    at_loss(monkeypatch, step)
+    at_loss(monkeypatch, {n: lambda loss: clock.append(clock[-1] + 2) or loss for n in range(99)})
     said = run(f"{tiny[0]} --steps 9 --out run") + run(f"{RESUME} run --steps 27")
     for step, left in (("3/9", "0:00:12"), ("9/9", "0:00:00"), ("12/27", "0:00:30")):
         assert re.search(rf"step {step}  4 images/s  {left} left  loss", said), said
@@ -969,7 +950,6 @@ def test_rates_and_the_time_left_are_of_this_run_also_after_a_resume(tiny, monke
 
 
 # §10  The theory, drawn -------------------------------------------------------------------------
-
 def test_ot_needs_60_percent_of_vp_evaluations_under_the_paper_s_conditions():
     """Fig. 7 on the exact field: eight Gaussians by Euler; on a checkerboard by other solvers.
 
@@ -1006,7 +986,6 @@ def test_paths_draws_the_data_where_it_is_and_prints_its_table(monkeypatch):
 
 
 # §11  Command line ------------------------------------------------------------------------------
-
 def tiles(file, n, columns):
     """The first n images of 8 x 8 of a grid, row by row: int (n, 8, 8)."""
     grid = np.asarray(Image.open(file).convert("L")).astype(int)
@@ -1090,7 +1069,6 @@ def test_nll_is_the_likelihood_by_hand_of_images_of_its_split(models, name, monk
 
 @ALL_PATHS
 def test_fid_is_the_distance_of_the_images_that_sample_writes(models, name):
-    """By its formula on the images."""
     model = f"--ckpt {models[name]} --n 9 --seed 3 --solver euler --guidance 2"
     fid = f"fid --features pixels {model} --results rows --batch 4 --steps 2,3 --reference"
     write_folder("set", n=30)
@@ -1119,8 +1097,7 @@ def test_fid_with_inception_says_what_it_compared(models, inception_file):
     expected = frechet(*(fm.inception(inception_file)(x).double() for x in (made, real)))
     distance = rows("rows")[0]["frechet_distance"]
     assert distance == approx(expected, rel=1e-3)
-    for part in (f"FID {distance:.4f}", "4 made, 4 of", "not comparable", "singular"):
-        assert part in said
+    assert all(part in said for part in (f"FID {distance:.4f}", "4 made, 4 of", "singular"))
 
 
 def test_sample_takes_the_newest_run_s_ema_and_for_dopri5_float32(tiny, monkeypatch):
@@ -1163,13 +1140,13 @@ def test_overwriting_replaces_what_was_made_and_nothing_else(tiny, models, monke
     assert sorted(os.listdir("run")) == ["checkpoint.pt", "log.jsonl", "step-000003.png"]
 
 
-@pytest.mark.parametrize("typed", ["e\u0301", "\u00e9"])
-def test_a_label_may_be_typed_in_either_form_of_unicode(typed, models):
+def test_a_label_may_be_typed_in_either_form_of_unicode(models):
     checkpoint = torch.load(models["ot"])
     checkpoint["config"]["names"][3] = "\u00e9"  # as load_folder has it
     torch.save(checkpoint, "x.pt")
-    run(f"sample --n 1 --steps 1 --ckpt x.pt --label {typed} --out made")
-    assert list(pngs("made")) == ["000000-\u00e9"]
+    for typed in ("e\u0301", "\u00e9"):
+        run(f"sample --n 1 --steps 1 --ckpt x.pt --out {len(typed)} --label", typed)
+        assert list(pngs(f"{len(typed)}")) == ["000000-\u00e9"]
 
 
 class Payload:
@@ -1248,12 +1225,11 @@ REFUSED = {
     "sample --ckpt classy.pt": {"--label cat": "cat", "--label 10": "10", "--guidance -1": "--g"},
     "sample --ckpt tiny.pt": {
         "--label 0": "--classes", "--guidance 2 --out images --overwrite": "--classes"},
-    "sample --ckpt undropped.pt": {"--guidance 2": "--label-drop"},
-    "fid --ckpt undropped.pt": {"--guidance 2 --features pixels": "--label-drop"},
-    "nll --ckpt undropped.pt": {"": "--label-drop"},
-    "nll --ckpt tiny.pt": {"--reference colour": "3 channels"},
-    "paths": {"--data moons": "moons", "--seed -1": "--seed"},
-    "fid": {"--n 0": "--n", "--steps 5,0": "--steps", "--steps none": "--steps"},
+    "": {"sample --ckpt undropped.pt --guidance 2": "--label-drop",
+         "fid --ckpt undropped.pt --guidance 2 --features pixels": "--label-drop",
+         "nll --ckpt undropped.pt": "--label-drop", "nll --k 0": "--k", "paths --x y": "--x y",
+         "nll --ckpt tiny.pt --reference colour": "3 channels", "paths --seed -1": "--seed",
+         "fid --n 0": "--n", "fid --steps 5,0": "--steps", "fid --steps none": "--steps"},
     "fid --ckpt tiny.pt": {
         "--inception other.pth": "another SHA-256", "--inception nowhere.pth": "nowhere.pth",
         "--inception pickle.pt": "another SHA-256", "": "--inception FILE"},
@@ -1316,120 +1292,6 @@ def test_the_script_metadata_names_what_is_imported():
     imported = {*re.findall(r"^(?:import|from) (\w+)", source, re.M)}
     third_party = imported - {*sys.stdlib_module_names, "PIL"}
     assert {*re.findall(r'"([a-z]+)>=[^"]+"', source[: source.index('"""')])} == third_party
-
-
-# A pretend accelerator: what CUDA and MPS would say to every command ----------------------------
-
-SMALL = "--size 8 --width 16 --mults 1,2 --batch 4 --overwrite --steps"
-A = f"train --out a --classes --coupling ot --flip --attention 4 --dropout 0.1 {SMALL}"  # by Muon
-B = f"train --out b --path vp --optimizer adamw --time uniform {SMALL}"
-COMMANDS = [f"{A} 2", f"{A} 3", f"{B} 2", f"{B} 3", "train --out a --resume --steps 4",
-            "sample --ckpt a/checkpoint.pt --n 10 --guidance 2 --steps 1",
-            "sample --ckpt b/checkpoint.pt --n 2 --solver dopri5 --tolerance 0.5",
-            "fid --ckpt b/checkpoint.pt --n 4 --features pixels --steps 1",
-            "nll --ckpt a/checkpoint.pt --n 2 --solver euler --steps 1"]
-MOVES = {"_to_copy", "copy_", "index.Tensor", "index_put_"}  # may take tensors of two devices
-WAITING = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}  # item, nonzero, ...
-
-
-@functools.cache
-def has_kernel(operator, backend):
-    """Whether PyTorch's own table has one, or makes the operator of others, on any device."""
-    table = Path(torchgen.__file__).with_name("packaged") / "ATen/native/native_functions.yaml"
-    entry = re.search(rf"^- func: {re.escape(operator)}\(.*\n(  .*\n)*", table.read_text(), re.M)
-    if not entry or (operator, backend) == ("native_group_norm_backward", "MPS"):
-        return bool(entry)  # that one torch 2.6 registers in torch.backends.mps
-    delegates = re.findall(r"structured_delegate: (\S+)", entry[0])
-    keys = " ".join(re.findall(r"^    ([\w, ]+):", entry[0], re.M))
-    own = re.search(rf"\b({backend}|Composite\w+Autograd(NonFunctional)?)\b", keys)
-    composite = not keys and not delegates
-    return bool(own or composite) or any(has_kernel(other, backend) for other in delegates)
-
-
-class OnDevice(torch.Tensor):
-    """Claims to be on "meta", the one device that needs no driver; its numbers are on the CPU."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl
-    __torch_dispatch__, is_meta = None, False  # PretendDevice is asked first
-
-    def __new__(cls, x):
-        self = torch.Tensor._make_wrapper_subclass(
-            cls, x.shape, x.stride(), x.storage_offset(), dtype=x.dtype, device="meta")
-        self.numbers = x
-        return self
-
-    def __format__(self, spec):
-        return format(self.item(), spec)
-
-    def __reduce_ex__(self, protocol):  # for torch.save
-        return self.numbers.__reduce_ex__(protocol)
-
-    def tolist(self):
-        return self.cpu().tolist()
-
-
-class PretendDevice(TorchDispatchMode):
-    """Computes on the CPU and counts what an accelerator would say to each operator."""
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        name, kwargs = operator.name().removeprefix("aten::"), kwargs or {}
-        tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        host = [x for x in tensors if not isinstance(x, OnDevice)]
-        to = str(kwargs.get("device") or "")
-        if len(host) == len(tensors) and to != "meta":
-            return operator(*args, **kwargs)
-        inputs, named = tree_map_only(OnDevice, lambda x: x.numbers, (args, kwargs))
-        result = operator(*inputs, **named | (dict(device="cpu") if to else {}))
-        if to != "cpu":
-            came = {id(getattr(x, "numbers", x)): x for x in tensors}  # and goes, if in place
-            result = tree_map_only(
-                torch.Tensor, lambda x: came[id(x)] if id(x) in came else OnDevice(x), result)
-        made = [x.dtype for x in tree_leaves(result) if isinstance(x, OnDevice)]
-        waits = (name in MOVES | {"where.self"} and (host or to == "cpu")
-                 or "index" in name and torch.bool in [x.dtype for x in tensors[1:]]
-                 or name not in MOVES and WAITING & {*operator.tags})
-        found = {"operator": True, "wait": waits, "float64": torch.float64 in made,
-                 "two devices": name not in MOVES and any(x.dim() for x in host),
-                 "no CUDA kernel": not has_kernel(name, "CUDA|Generic"),
-                 "no MPS kernel": not has_kernel(name, "MPS")}
-        frame = sys._getframe()
-        while frame.f_code.co_filename != fm.__file__:
-            frame = frame.f_back
-        for kind in filter(found.get, found):
-            self.seen[kind][f"{name} in {frame.f_code.co_name}, line {frame.f_lineno}"] += 1
-        return result
-
-
-@pytest.fixture(scope="module")
-def pretended(tmp_path_factory):
-    """{command: what was seen as it ran: {kind: {operator and place: how often}}}."""
-    runs = {}
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(tmp_path_factory.mktemp("pretended"))
-        patch.setattr(argparse.ArgumentParser, "_check_value", lambda *_: None)  # of --device
-        patch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
-        patch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)
-        fused = "_get_fused_kernels_supported_devices"
-        patch.setattr(sys.modules["torch.optim.optimizer"], fused, lambda: ["meta"])
-        for command in COMMANDS:
-            with PretendDevice() as device:
-                device.seen = runs[command] = defaultdict(Counter)
-                fm.main([*command.split(), "--device", "meta"])
-    return runs
-
-
-@pytest.mark.parametrize("kind", ["no CUDA kernel", "no MPS kernel", "two devices", "float64"])
-def test_an_accelerator_could_run_every_command(pretended, kind):
-    for command, seen in pretended.items():
-        assert seen["operator"] and not seen[kind], f"{kind}: {[*seen[kind]]} of {command}"
-
-
-@pytest.mark.parametrize("train", [A, B])
-def test_no_training_step_waits_for_the_device(pretended, train):
-    """One step more is no wait more, but for coupling, solved on the host: there and back."""
-    more = pretended[f"{train} 3"]["wait"] - pretended[f"{train} 2"]["wait"]
-    coupling = [wait for wait in more if "in ot_coupling" in wait][:2]
-    assert [*more.elements()] == coupling, f"waits of one step: {more}"
 
 
 if __name__ == "__main__":  # a rank, which kills itself at a loss
