@@ -1,10 +1,13 @@
-"""A pretend accelerator: what CUDA and MPS would say to every command of flow_matching.py."""
+"""flow_matching.py on a pretend accelerator, and on a terminal that cannot print or is gone."""
 
 import argparse
 import contextlib
 import functools
+import io
+import json
 import re
 import sys
+import unittest.mock
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -126,3 +129,46 @@ def test_no_training_step_waits_for_the_device(pretended, train):
     more = pretended[f"{train} 3"]["wait"] - pretended[f"{train} 2"]["wait"]
     coupling = [wait for wait in more if "in ot_coupling" in wait][:2]
     assert [*more.elements()] == coupling, f"waits of one step: {more}"
+
+
+def test_a_result_is_written_where_it_can_be_and_before_it_is_printed(tmp_path, monkeypatch):
+    """Also on a terminal without ±; a result that cannot be kept is refused before the work."""
+    monkeypatch.chdir(tmp_path)
+    fm.main(f"train --out run {SMALL} 2 --device cpu".split())
+    nll = "nll --ckpt run/checkpoint.pt --n 2 --solver euler --steps 1 --results".split()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "ascii"))
+        fm.main([*nll, "rows"])
+        sys.stdout.flush()
+        said = sys.stdout.buffer.getvalue().decode("ascii")
+    row = json.loads((tmp_path / "rows").read_text())
+    assert f"{row['bits_per_dim']:.4f} ? {row['standard_error']:.4f} bits/dim" in said
+    def write(text):
+        if "bits/dim" in text:
+            raise BrokenPipeError
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(sys, "stdout", unittest.mock.Mock(**{"write.side_effect": write}))
+        fm.main([*nll, "kept"])
+    assert json.loads((tmp_path / "kept").read_text())["bits_per_dim"] == row["bits_per_dim"]
+    monkeypatch.setattr(fm, "log_likelihood", unittest.mock.Mock(side_effect=AssertionError))
+    for nowhere in ("run", "no/such/folder"):
+        with pytest.raises(SystemExit) as stop:
+            fm.main([*nll, nowhere])
+        assert stop.value.code == 2
+
+
+def test_a_training_whose_reader_is_gone_stops_with_a_checkpoint(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    gone, draw_batch = unittest.mock.Mock(**{"write.side_effect": BrokenPipeError}), fm.draw_batch
+
+    def leave(images, labels, config, step, device):
+        if step == 4:
+            monkeypatch.setattr(sys, "stdout", gone)
+        return draw_batch(images, labels, config, step, device)
+
+    monkeypatch.setattr(fm, "draw_batch", leave)
+    with pytest.raises(SystemExit) as stop:
+        fm.main(f"train --out run {SMALL} 99 --log-every 3 --device cpu".split())
+    assert stop.value.code == 143 and gone.write.called
+    assert torch.load("run/checkpoint.pt")["step"] == 7  # a step after the line that failed
