@@ -402,8 +402,7 @@ def test_the_cifar10_net_has_the_usual_parameter_count():
 
 # §1-§7: every section runs when it is pasted with the imports and the sections that it names ----
 
-def codes(code):
-    """A code object and all that are inside it."""
+def codes(code):  # and those inside it
     return [code, *itertools.chain(*(codes(c) for c in code.co_consts if hasattr(c, "co_code")))]
 
 
@@ -1188,7 +1187,8 @@ def bad(tiny, models, tmp_path_factory):
             "shapes.pt": checkpoint | {"ema": {k: p[:1] for k, p in weights.items()}},
             "nan.pt": checkpoint | {"ema": {k: p * math.nan for k, p in weights.items()}},
             "lr.pt": checkpoint | {"config": flags | {"lr": "fast"}},
-            "stepless.pt": checkpoint | {"step": None}, "tiny.pt": checkpoint, "classy.pt": digits,
+            "log.pt": checkpoint | {"log": ""}, "stepless.pt": checkpoint | {"step": None},
+            "tiny.pt": checkpoint, "classy.pt": digits,
             "undropped.pt": digits | {"config": digits["config"] | {"label_drop": 0.0}}}.items():
         torch.save(content, root / name)
     return root
@@ -1220,16 +1220,16 @@ REFUSED = {
                "--device cuda": "cpu", "--tolerance 0": "--tolerance", **{
                    f"--ckpt {name}.pt": f"{name}.pt" for name in (
                        "empty", "truncated", "pickle", "foreign", "shapes", "config", "lr",
-                       "damaged", "nan", "stepless")}},
+                       "damaged", "nan", "log", "stepless")}},
     "sample --ckpt classy.pt": {"--label cat": "cat", "--label 10": "10", "--guidance -1": "--g"},
     "sample --ckpt tiny.pt": {
         "--out x.png": "name a file", "--label 0": "--classes",
         "--guidance 2 --out images --overwrite": "--classes"},
     "": {"sample --ckpt undropped.pt --guidance 2": "--label-drop",
          "fid --ckpt undropped.pt --guidance 2 --features pixels": "--label-drop",
-         "nll --ckpt undropped.pt": "--label-drop", "nll --k 0": "--k", "paths --x y": "--x y",
-         "nll --ckpt tiny.pt --reference colour": "3 channels", "paths --seed -1": "--seed",
-         "fid --n 0": "--n", "fid --steps 5,0": "--steps", "fid --steps none": "--steps"},
+         "nll --ckpt undropped.pt": "--label-drop", "nll --ckpt tiny.pt --n 1": "two",
+         "nll --ckpt tiny.pt --reference colour": "3 channels", "paths --x y": "--x",
+         "paths --seed -1": "--seed", "fid --n 0": "--n", "fid --steps 5,0": "--steps"},
     "fid --ckpt tiny.pt": {
         "--inception other.pth": "another SHA-256", "--inception nowhere.pth": "nowhere.pth",
         "--inception pickle.pt": "another SHA-256", "": "--inception FILE"},

@@ -172,3 +172,16 @@ def test_a_training_whose_reader_is_gone_stops_with_a_checkpoint(tmp_path, monke
         fm.main(f"train --out run {SMALL} 99 --log-every 3 --device cpu".split())
     assert stop.value.code == 143 and gone.write.called
     assert torch.load("run/checkpoint.pt")["step"] == 7  # a step after the line that failed
+
+
+@pytest.mark.parametrize("fault, times", [(None, 4), (RuntimeError("no compiler"), 2)])
+def test_what_can_be_compiled_is_and_else_a_line_says_why(fault, times, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    compiler = unittest.mock.Mock(side_effect=fault or (lambda model: model))
+    monkeypatch.setattr(torch, "compile", compiler)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        fm.main(f"train --out run --compile {SMALL} 1 --device cpu".split())
+        fm.main("sample --ckpt run/checkpoint.pt --n 1 --steps 1 --compile".split())
+    assert compiler.call_count == times  # a trial, then the model
+    assert said.getvalue().count("not compiled: RuntimeError: no compiler") == (2 if fault else 0)
