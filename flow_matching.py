@@ -1149,9 +1149,11 @@ def check_flags(flags):
     for flag, value in flags.items():
         low, high = 0 if flag in MAY_BE_0 else 1e-12, 1 if flag in AT_MOST_1 else 1e12
         values = (value or [0]) if isinstance(value, list) else [value]  # "none" counts as 0
-        if value == "" or not all(low <= x <= high for x in values if type(x) in (int, float)):
-            name = flag.replace("_", "-")
-            raise ValueError(f"--{name} {value} is empty or not from {low:g} to {high:g}")
+        name = flag.replace("_", "-")
+        if value == "":
+            raise ValueError(f"--{name} is empty")
+        if not all(low <= x <= high for x in values if type(x) in (int, float)):
+            raise ValueError(f"--{name} {value} is not from {low:g} to {high:g}")
 
 
 def check_free(out, overwrite):
@@ -1184,6 +1186,8 @@ def stop_signals():
     def note(number, _):
         caught.append(number)
         signal.signal(number, before[number])
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(2, b"stopping after this step; once more stops at once\n")
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
@@ -1206,10 +1210,10 @@ def run_train(defaults, typed):
         out = out if typed.keys() & {"out", "data", "path"} else newest.parent
         checkpoint, _ = load(out / "checkpoint.pt")
         known = checkpoint["config"]
-        changed = ["--" + k.replace("_", "-") for k in typed.keys() - MAY_CHANGE
-                   if typed[k] != known[k]]
-        if changed:
-            raise ValueError(f"{', '.join(changed)} cannot change in the run {out}")
+        for flag in typed.keys() - MAY_CHANGE:
+            if typed[flag] != known[flag]:
+                name = flag.replace("_", "-")
+                raise ValueError(f"--{name} cannot change: {out} began with {known[flag]}")
     here = dict(device=device, out=str(out))
     config = argparse.Namespace(**defaults | dict(amp=amp) | known | typed | here)  # the last wins
     if (device, config.amp) == ("mps", "fp16"):
