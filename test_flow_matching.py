@@ -775,16 +775,16 @@ def test_muon_s_momentum_its_orthogonal_steps_and_their_size(shape):
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_a_signal_leaves_a_checkpoint_and_a_second_stops(tiny, monkeypatch, capsys, name, count):
-    number, closed = getattr(signal, name), open(os.devnull)
-    closed.close()
+    number, unplugged = getattr(signal, name), unittest.mock.Mock(side_effect=OSError)
     before = signal.signal(number, kill)
     try:
         with monkeypatch.context() as patch, pytest.raises(BaseException) as stop:
             at_loss(patch, {20: lambda loss: [
-                patch.setattr(sys, "stderr", closed),  # of a terminal that is gone
+                patch.setattr(os, "write", unplugged),  # to a terminal that is gone
                 *(signal.raise_signal(number) for _ in range(count))] and loss})
             fm.main([*tiny[0].split(), "--out", "run"])
         assert signal.getsignal(number) == kill  # is put back
+        assert b"stopping" in unplugged.call_args[0][1]
     finally:
         signal.signal(number, before)
     if count == 2:
