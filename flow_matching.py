@@ -386,14 +386,13 @@ class ResBlock(nn.Module):
 
 
 class UNet(nn.Module):
-    """The network: x (B, C, H, W), t (B,), labels y (B,) or None -> (B, C, H, W).
+    """The network: x (B, C, H, W) of any H and W, t (B,), labels y (B,) or None -> (B, C, H, W).
 
     width: channels at full resolution, a multiple of 4; mults: multiples of it, one per level;
     blocks: residual blocks per level; attention: heights of feature maps at which to attend, for
     images of height `size`; if there is one, the middle attends too; classes: number of labels,
     where label `classes`, or y = None, is "no label".
     The defaults are the usual CIFAR-10 net: 35.5M parameters.
-    Raises ValueError for a height or width that is not divisible by 2^(levels − 1).
     """
 
     def __init__(self, channels=3, size=32, width=128, mults=(1, 2, 2, 2), blocks=2,
@@ -401,54 +400,46 @@ class UNet(nn.Module):
         super().__init__()
         if width % 4 or not mults or min(*mults, width, blocks, channels) < 1:
             raise ValueError("width must be a multiple of 4; mults, blocks, channels at least 1")
-        self.width, self.classes, self.divisor = width, classes, 2 ** (len(mults) - 1)
-        self.check_size(size, size)
+        self.width, self.classes = width, classes
         emb_dim, widths = 2 * width, [m * width for m in mults]
         self.time = nn.Sequential(nn.Linear(width, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
         self.label = nn.Embedding(classes + 1, emb_dim) if classes else None
 
         block = functools.partial(ResBlock, emb_dim=emb_dim, dropout=dropout)
-        self.enter, self.down = nn.ModuleList(), nn.ModuleList()  # level by level, finest first
-        self.up, self.leave = nn.ModuleList(), nn.ModuleList()  # the same levels
-        for i, c in enumerate(widths):
-            attend = size // 2**i in attention
-            above = width if i == 0 else widths[i - 1]  # channels of the finer level
-            below = c if i == len(mults) - 1 else widths[i + 1]  # and of the coarser one
-            halve = nn.Conv2d(above, above, 3, stride=2, padding=1)
-            self.enter.append(halve if i > 0 else nn.Conv2d(channels, width, 3, padding=1))
+        conv = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
+        self.before_down, self.down = nn.ModuleList(), nn.ModuleList()  # by level, finest first
+        self.before_up, self.up = nn.ModuleList(), nn.ModuleList()  # the same levels
+        finer, coarser = [width, *widths], [*widths[1:], widths[-1]]
+        for i, (above, c, below) in enumerate(zip(finer, widths, coarser, strict=False)):
+            attend = math.ceil(size / 2**i) in attention
+            self.before_down.append(conv(above, above, stride=2) if i else conv(channels, width))
             inputs = [above] + [c] * (blocks - 1)
             self.down.append(nn.ModuleList(block(n, c, attention=attend) for n in inputs))
+            self.before_up.append(conv(below, below) if i + 1 < len(mults) else nn.Identity())
             inputs = [below + c] + [c + c] * (blocks - 1) + [c + above]  # and the skips, last first
             self.up.append(nn.ModuleList(block(n, c, attention=attend) for n in inputs))
-            double = nn.Sequential(nn.Upsample(scale_factor=2.0), nn.Conv2d(c, c, 3, padding=1))
-            self.leave.append(double if i > 0 else nn.Identity())
         c = widths[-1]
         self.middle1, self.middle2 = block(c, c, attention=any(attention)), block(c, c)
         self.out_norm = group_norm(widths[0])
-        self.out = zero_(nn.Conv2d(widths[0], channels, 3, padding=1))
-
-    def check_size(self, H, W):
-        if H % self.divisor or W % self.divisor:
-            raise ValueError(f"images of {H} x {W}: this U-Net needs multiples of {self.divisor}")
+        self.out = zero_(conv(widths[0], channels))
 
     def forward(self, x, t, y=None):
-        self.check_size(*x.shape[-2:])
         emb = self.time(time_embedding(t, self.width))
         if self.label is not None:
             y = torch.full_like(t, self.classes, dtype=torch.long) if y is None else y
             emb = emb + self.label(y)
         emb, h, skips = F.silu(emb), x, []
-        for enter, level in zip(self.enter, self.down, strict=True):
-            h = enter(h)
+        for before, level in zip(self.before_down, self.down, strict=True):
+            h = before(h)
             skips.append(h)
             for block in level:
                 h = block(h, emb)
                 skips.append(h)
         h = self.middle2(self.middle1(h, emb), emb)
-        for leave, level in reversed([*zip(self.leave, self.up, strict=True)]):
+        for before, level in reversed([*zip(self.before_up, self.up, strict=True)]):
+            h = before(F.interpolate(h, skips[-1].shape[2:]))  # halved, an odd size was rounded up
             for block in level:
                 h = block(torch.cat([h, skips.pop()], 1), emb)
-            h = leave(h)
         return self.out(F.silu(self.out_norm(h)))
 
 
@@ -595,6 +586,45 @@ SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "tes
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # image generators store megabytes of text in a PNG
 
 
+def in_batches(n, batch, what):
+    """0..n − 1 in ranges of `batch`, with a line of progress after each."""
+    since = time.perf_counter()
+    for i in range(0, n, batch):
+        part = range(n)[i : i + batch]
+        yield part
+        rate = part.stop / (time.perf_counter() - since)
+        left = timedelta(seconds=int((n - part.stop) / rate))
+        with contextlib.suppress(OSError):  # of a reader that is gone: the work goes on
+            end = "" if part.stop < n else "\n"
+            print(f"\r{what} {part.stop:,}/{n:,}  {rate:,.1f}/s  {left} left", end=end, flush=True)
+
+
+@contextlib.contextmanager
+def atomic(file):
+    """An open file that replaces `file` when the block ends: whole, or not at all."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for old in file.parent.glob("????????.fm-tmp"):
+        with contextlib.suppress(OSError):
+            if time.time() - old.stat().st_mtime > 86400:  # of a process that was killed
+                old.unlink()
+    temporary = file.with_name(f"{os.urandom(4).hex()}.fm-tmp")
+    try:
+        with open(temporary, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        for seconds in (0.2, 1, 4):  # Windows keeps a file that a viewer has open
+            with contextlib.suppress(PermissionError):
+                return os.replace(temporary, file)
+            time.sleep(seconds)
+        os.replace(temporary, file)
+    except OSError as error:
+        raise OSError(f"{file} was not written, is the disk full? ({error})") from None
+    finally:
+        with contextlib.suppress(OSError):  # which would hide the error that led here
+            temporary.unlink()
+
+
 def draw_digits(n, size, seed=0):
     """n grey digits in Pillow's own font, each scaled, slanted, rotated, moved and thickened."""
     rng, big = np.random.default_rng(seed), 4 * size  # drawn large, then averaged: smooth edges
@@ -708,45 +738,6 @@ def picture_grid(images, columns):
     return ImageOps.scale(grid, max(1, 768 // grid.width), Image.NEAREST)
 
 
-def in_batches(n, batch, what):
-    """0..n − 1 in ranges of `batch`, with a line of progress after each."""
-    since = time.perf_counter()
-    for i in range(0, n, batch):
-        part = range(n)[i : i + batch]
-        yield part
-        rate = part.stop / (time.perf_counter() - since)
-        left = timedelta(seconds=int((n - part.stop) / rate))
-        with contextlib.suppress(OSError):  # of a reader that is gone: the work goes on
-            end = "" if part.stop < n else "\n"
-            print(f"\r{what} {part.stop:,}/{n:,}  {rate:,.1f}/s  {left} left", end=end, flush=True)
-
-
-@contextlib.contextmanager
-def atomic(file):
-    """An open file that replaces `file` when the block ends: whole, or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    for old in file.parent.glob("????????.fm-tmp"):
-        with contextlib.suppress(OSError):
-            if time.time() - old.stat().st_mtime > 86400:  # of a process that was killed
-                old.unlink()
-    temporary = file.with_name(f"{os.urandom(4).hex()}.fm-tmp")
-    try:
-        with open(temporary, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        for seconds in (0.2, 1, 4):  # Windows keeps a file that a viewer has open
-            with contextlib.suppress(PermissionError):
-                return os.replace(temporary, file)
-            time.sleep(seconds)
-        os.replace(temporary, file)
-    except OSError as error:
-        raise OSError(f"{file} was not written, is the disk full? ({error})") from None
-    finally:
-        with contextlib.suppress(OSError):  # which would hide the error that led here
-            temporary.unlink()
-
-
 # §9  Training  (needs all above) ----------------------------------------------------------------
 
 TRAIN = dict(  # the flags of train, kept in a checkpoint; "" and None: run_train chooses
@@ -767,7 +758,21 @@ RECIPES = {  # what a data set changes in them
 }
 SAMPLE = dict(ckpt="", n=64, label="", guidance=1.0, solver="midpoint", steps=20, tolerance=1e-5,
               seed=0, batch=128, device="", amp="off", compile=False)
+MAY_BE_0 = ("seed", "dropout", "label_drop", "warmup", "ema", "guidance", "attention")
+AT_MOST_1 = ("dropout", "label_drop", "ema", "tolerance")
 AMP = dict(bf16=torch.bfloat16, fp16=torch.float16)  # mixed precision: the type of matrix work
+
+
+def check_flags(flags):
+    """Raises ValueError for a number out of range: of MAY_BE_0 from 0, of AT_MOST_1 to 1."""
+    for flag, value in flags.items():
+        low, high = 0 if flag in MAY_BE_0 else 1e-12, 1 if flag in AT_MOST_1 else 1e12
+        values = (value or [0]) if isinstance(value, list) else [value]  # "none" counts as 0
+        name = flag.replace("_", "-")
+        if value == "":
+            raise ValueError(f"--{name} is empty")
+        if not all(low <= x <= high for x in values if type(x) in (int, float)):
+            raise ValueError(f"--{name} {value} is not from {low:g} to {high:g}")
 
 
 class Muon(torch.optim.Optimizer):
@@ -1133,8 +1138,6 @@ tolerance  of dopri5, relative and absolute
 warmup     steps of linear warm-up
 width      channels at full resolution, a multiple of 4
 """
-MAY_BE_0 = ("seed", "dropout", "label_drop", "warmup", "ema", "guidance", "attention")
-AT_MOST_1 = ("dropout", "label_drop", "ema", "tolerance")
 MAY_CHANGE = {"steps", "data", "data_dir", "log_every", "save_every", "device", "amp", "compile",
               "out", "resume", "overwrite"}  # in a run that goes on
 
@@ -1142,18 +1145,6 @@ MAY_CHANGE = {"steps", "data", "data_dir", "log_every", "save_every", "device", 
 def integers(text):
     """"1,2,2" as [1, 2, 2], "none" as []."""
     return [] if text == "none" else [int(part) for part in text.split(",")]
-
-
-def check_flags(flags):
-    """Raises ValueError for a number out of range: of MAY_BE_0 from 0, of AT_MOST_1 to 1."""
-    for flag, value in flags.items():
-        low, high = 0 if flag in MAY_BE_0 else 1e-12, 1 if flag in AT_MOST_1 else 1e12
-        values = (value or [0]) if isinstance(value, list) else [value]  # "none" counts as 0
-        name = flag.replace("_", "-")
-        if value == "":
-            raise ValueError(f"--{name} is empty")
-        if not all(low <= x <= high for x in values if type(x) in (int, float)):
-            raise ValueError(f"--{name} {value} is not from {low:g} to {high:g}")
 
 
 def check_free(out, overwrite):
