@@ -748,8 +748,8 @@ TRAIN = dict(  # the flags of train, kept in a checkpoint; "" and None: run_trai
     out="", overwrite=False, resume=False)
 RECIPES = {  # what a data set changes in them
     "digits": dict(size=16),
-    "mnist": dict(size=28, steps=2000),
-    "fashion-mnist": dict(size=28, steps=2000, flip=True),
+    "mnist": dict(size=28, width=16, mults=[1, 2, 4], steps=4000),
+    "fashion-mnist": dict(size=28, width=16, mults=[1, 2, 4], steps=4000, flip=True),
     "cifar10": dict(size=32, width=128, mults=[1, 2, 2, 2], blocks=2, attention=[16], dropout=0.1,
                     time="uniform", optimizer="adamw", batch=128, lr=2e-4, warmup=5000,
                     steps=400_000, ema=0.9999, flip=True, save_every=5000),
