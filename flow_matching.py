@@ -31,7 +31,6 @@ import functools
 import glob
 import hashlib
 import io
-import itertools
 import json
 import math
 import os
@@ -93,7 +92,7 @@ PATHS = {"ot": ot_path, "vp": vp_path, "ve": ve_path}
 
 
 def coefficients(path, t, x):
-    """α, σ, α', σ' at times t: (B,), each shaped (B, 1, ...) to multiply x: (B, ...)."""
+    """What path(t) returns, each (B,), shaped (B, 1, ...) to multiply x: (B, ...)."""
     return [c.reshape(-1, *[1] * (x.dim() - 1)) for c in path(t)]
 
 
@@ -109,7 +108,7 @@ def marginal_velocity(path, x, t, means, tau=0.0):
     x: (B, D), t: (B,), means: (K, D).  At t component k is N(α m_k, (α²τ² + σ²) I) and moves by
     Theorem 3; the field is the mean of these velocities, weighted by p(k | x, t).
     """
-    alpha, sigma, d_alpha, d_sigma = (c[:, None, None] for c in path(t))
+    alpha, sigma, d_alpha, d_sigma = coefficients(path, t, x[:, None])
     offset = x[:, None] - alpha * means  # (B, K, D)
     variance = (alpha * tau) ** 2 + sigma**2
     growth = (alpha * d_alpha * tau**2 + sigma * d_sigma) / variance  # std'/std
@@ -133,9 +132,9 @@ def cfm_loss(v, path, x_1, x_0=None, t=None, weight=1.0):
     alpha, sigma, d_alpha, d_sigma = coefficients(path, t, x_1)
     u = d_alpha * x_1 + d_sigma * x_0
     velocity = v(alpha * x_1 + sigma * x_0, t)
-    shapes = [tuple(part.shape) for part in (velocity, x_0, x_1, t)]
-    alike = shapes[0] == shapes[1] == shapes[2] and shapes[3] == shapes[2][:1]
+    alike = velocity.shape == x_0.shape == x_1.shape and t.shape == x_1.shape[:1]
     if not alike or torch.as_tensor(weight).dim() > 1:
+        shapes = [tuple(part.shape) for part in (velocity, x_0, x_1, t)]
         raise ValueError("velocity {}, x_0 {}, x_1 {}, t {}: these would broadcast; and a weight "
                          "must be (B,)".format(*shapes))
     return (weight * (velocity - u).square().reshape(len(u), -1).mean(1)).mean()
@@ -192,8 +191,7 @@ def dopri5(f, x, t_0, t_1, tolerance):
     return torch.from_numpy(result.y[:, -1]).to(x.dtype).to(x.device).reshape(x.shape)
 
 
-FIXED_STEP = {"euler": euler, "midpoint": midpoint, "rk4": rk4}
-SOLVERS = [*FIXED_STEP, "dopri5"]
+SOLVERS = {"euler": euler, "midpoint": midpoint, "rk4": rk4, "dopri5": dopri5}
 
 
 def odeint(v, x, t_0=0.0, t_1=1.0, solver="midpoint", steps=20, tolerance=1e-5):
@@ -206,7 +204,7 @@ def odeint(v, x, t_0=0.0, t_1=1.0, solver="midpoint", steps=20, tolerance=1e-5):
     """
     if solver not in SOLVERS or steps < 1 or not tolerance > 0 or not math.isfinite(t_1 - t_0):
         raise ValueError(f"no {solver} with {steps} steps, tolerance {tolerance}, to {t_1}: take "
-                         f"one of {SOLVERS}, at least 1 step, a tolerance above 0, finite times")
+                         f"one of {[*SOLVERS]}, at least 1 step, a tolerance above 0, finite times")
     if not x.is_floating_point():
         raise ValueError(f"x must be real and floating-point, not {x.dtype}")
     nfe = 0
@@ -222,7 +220,7 @@ def odeint(v, x, t_0=0.0, t_1=1.0, solver="midpoint", steps=20, tolerance=1e-5):
     else:
         h = (t_1 - t_0) / steps
         for i in range(steps):
-            x = FIXED_STEP[solver](f, x, t_0 + i * h, h)
+            x = SOLVERS[solver](f, x, t_0 + i * h, h)
     if not x.isfinite().all():
         raise FloatingPointError("the solution is not finite")
     return x, nfe
@@ -234,7 +232,7 @@ def odeint(v, x, t_0=0.0, t_1=1.0, solver="midpoint", steps=20, tolerance=1e-5):
 @torch.no_grad()
 def sample(v, noise, path=ot_path, **solver):
     """Noise (B, ...) from N(0, I) to data: x_1 and the NFE; solver: as for odeint."""
-    sigma_0 = path(noise.new_zeros(1))[1]  # p_0 = N(0, σ(0)² I): all but exact for vp and ve
+    sigma_0 = path(noise.new_zeros(1))[1]  # p_0 = N(0, σ(0)² I): nearly exact for vp and ve
     return odeint(v, sigma_0 * noise, 0.0, 1.0, **solver)
 
 
@@ -251,8 +249,8 @@ def log_likelihood(v, x_1, path=ot_path, probes=None, **solver):
 
     d log p_t(x_t)/dt = −div v(x_t, t), solved backward in time from the data x_1: (B, ...).
     div v is taken as the sum of Eᵀ (∂v/∂x) E over the probes, tensors E: (B, ...).  One draw of
-    random signs is Hutchinson's unbiased estimate; None is every unit vector: exact, at a gradient
-    per number of an x_1.  v must not mix the samples of a batch.  The result has no gradient.
+    random signs is Hutchinson's unbiased estimate; None takes every unit vector: exact, for as many
+    gradients as an x_1 has numbers.  v must not mix the samples of a batch.  No gradient is kept.
     """
     if probes is None:
         units = torch.eye(math.prod(x_1.shape[1:]), dtype=x_1.dtype, device=x_1.device)
@@ -279,7 +277,7 @@ def bits_per_dim(log_p, D):
     """−log2 P(image) / D of images of 256 levels: (B,).
 
     log_p: (B, K), nats, log p_1 of K draws of x = (k + u)/128 − 1 for levels k and u ~ U[0, 1),
-    the bin around the value k/127.5 − 1 that level k has in training.
+    the bin that holds the value k/127.5 − 1 of level k in training (of 255: its end).
     The mean result is an upper bound that K tightens.  A level is 1/128 wide: 7 = log2 128 bits.
     """
     return 7 - (log_p.logsumexp(1) - math.log(log_p.shape[1])) / (D * math.log(2))
@@ -341,14 +339,14 @@ def group_norm(channels):
 
 
 def zero_(module):
-    """Zero the parameters: a residual block, its branch being 0, then starts as the identity."""
+    """Zero the parameters: what the module adds to its input, or puts out, starts at 0."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
 
 
 class Attention(nn.Module):
-    """Self-attention with heads of about 64 channels: (B, C, H, W) -> same."""
+    """Self-attention, heads of 64 channels where 64 divides them: (B, C, H, W) -> same."""
 
     def __init__(self, channels):
         super().__init__()
@@ -389,9 +387,9 @@ class UNet(nn.Module):
     """The network: x (B, C, H, W) of any H and W, t (B,), labels y (B,) or None -> (B, C, H, W).
 
     width: channels at full resolution, a multiple of 4; mults: multiples of it, one per level;
-    blocks: residual blocks per level; attention: heights of feature maps at which to attend, for
-    images of height `size`; if there is one, the middle attends too; classes: number of labels,
-    where label `classes`, or y = None, is "no label".
+    blocks: residual blocks per level, one more on the way up; attention: heights of feature maps
+    at which to attend, for images of height `size`; if there is one, the middle attends too;
+    classes: number of labels, where label `classes`, or y = None, is "no label".
     The defaults are the usual CIFAR-10 net: 35.5M parameters.
     """
 
@@ -416,7 +414,7 @@ class UNet(nn.Module):
             inputs = [above] + [c] * (blocks - 1)
             self.down.append(nn.ModuleList(block(n, c, attention=attend) for n in inputs))
             self.before_up.append(conv(below, below) if i + 1 < len(mults) else nn.Identity())
-            inputs = [below + c] + [c + c] * (blocks - 1) + [c + above]  # and the skips, last first
+            inputs = [below + c] + [c + c] * (blocks - 1) + [c + above]  # with skips, last first
             self.up.append(nn.ModuleList(block(n, c, attention=attend) for n in inputs))
         c = widths[-1]
         self.middle1, self.middle2 = block(c, c, attention=any(attention)), block(c, c)
@@ -470,7 +468,7 @@ class Velocity(nn.Module):
         return c_in, c_skip, c_out
 
     def forward(self, x, t, y=None):
-        c_in, c_skip, c_out = (c[:, None, None, None] for c in self.scales(t))
+        c_in, c_skip, c_out = coefficients(self.scales, t, x)
         return c_skip * x + c_out * self.net(c_in * x, t, y)
 
 
@@ -490,13 +488,6 @@ def to_float(images):
 def pixels(images):
     """The pixels as features, in [-1, 1]: uint8 (B, C, H, W) -> (B, CHW)."""
     return to_float(images).flatten(1)
-
-
-def resize_as_tensorflow_1(x, size=299):
-    """Bilinear (B, C, H, W) -> (B, C, size, size): pixel i lies at i H/size; no antialiasing."""
-    x = F.pad(x, (0, 1, 0, 1), "replicate")  # now corner to corner: pixel size lies at H
-    x = F.interpolate(x, (size + 1, size + 1), mode="bilinear", align_corners=True)
-    return x[..., :size, :size]
 
 
 def inception(file="", device="cpu"):
@@ -520,23 +511,22 @@ def inception(file="", device="cpu"):
     net = torchvision.models.inception_v3(num_classes=1008, aux_logits=False, init_weights=False)
     net.load_state_dict(torch.load(io.BytesIO(weights), map_location="cpu", weights_only=True))
     net.fc = nn.Identity()
-    net = net.eval().requires_grad_(False).to(device)
-
-    def pool_by(pool, block):  # in place of what torchvision's forward() pools by itself
-        entered = []
-        block.register_forward_pre_hook(lambda _, x: entered.append(x[0]))
-        block.branch_pool.register_forward_pre_hook(lambda _, x: (pool(entered.pop()),))
-
-    for block in net.children():
-        if block is net.Mixed_7c:
-            pool_by(nn.MaxPool2d(3, 1, 1), block)
-        elif hasattr(block, "branch_pool"):
-            pool_by(nn.AvgPool2d(3, 1, 1, count_include_pad=False), block)
+    net = torch.fx.symbolic_trace(net.eval().requires_grad_(False).to(device))
+    *means, last = (node for node in net.graph.nodes if node.target is F.avg_pool2d)
+    for node in means:  # TensorFlow's means leave the padding out,
+        node.update_kwarg("count_include_pad", False)
+    last.target = F.max_pool2d  # and its last pool takes the largest
+    net.recompile()
 
     def features(images):
-        parts = images.split(50)  # 1 GB at a time
-        large = (resize_as_tensorflow_1(part.to(device).float()) for part in parts)
-        return torch.cat([net((x.expand(-1, 3, -1, -1) - 128) / 128) for x in large])
+        parts = []
+        for part in images.split(50):  # 1 GB at a time
+            # bilinear as in TensorFlow 1, no antialiasing: pixel i of 299 lies at i H/299, so with
+            # one pixel more on both sides the grids go from corner to corner
+            x = F.pad(part.to(device).float(), (0, 1, 0, 1), "replicate")
+            x = F.interpolate(x, (300, 300), mode="bilinear", align_corners=True)[..., :299, :299]
+            parts.append(net((x.expand(-1, 3, -1, -1) - 128) / 128))
+        return torch.cat(parts)
 
     return features
 
@@ -618,7 +608,7 @@ def atomic(file):
                 return os.replace(temporary, file)
             time.sleep(seconds)
         os.replace(temporary, file)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # RuntimeError: what torch makes of a full disk
         raise OSError(f"{file} was not written, is the disk full? ({error})") from None
     finally:
         with contextlib.suppress(OSError):  # which would hide the error that led here
@@ -673,7 +663,7 @@ def load_folder(folder, data_dir, size):
     root, classes, others = Path(os.path.realpath(folder)), {}, []
     for name in sorted(glob.glob("**/*", root_dir=root, recursive=True)):
         path = root / name  # glob follows links and skips hidden names
-        above = Path(os.path.realpath(path.parent))  # is below a link that leads in a circle
+        above = Path(os.path.realpath(path.parent))  # a link to what it lies in is a circle
         if not os.access(path, os.R_OK) or above.is_relative_to(os.path.realpath(path)):
             raise ValueError(f"{path} is a broken link, a link in a circle, or not to be read")
         if path.is_file() and path.suffix.lower() in IMAGES:
@@ -740,7 +730,7 @@ def picture_grid(images, columns):
 
 # §9  Training  (needs all above) ----------------------------------------------------------------
 
-TRAIN = dict(  # the flags of train, kept in a checkpoint; "" and None: run_train chooses
+TRAIN = dict(  # the flags of train, kept in a checkpoint; "": run_train chooses, None: train
     data="digits", path="ot", classes=False, coupling="independent", time="logit-normal",
     data_dir="data", size=16, width=32, mults=[1, 2, 2], blocks=1, attention=[], dropout=0.0,
     label_drop=0.1, batch=32, optimizer="muon", lr=5e-3, warmup=50, steps=1000, ema=0.995,
@@ -756,15 +746,15 @@ RECIPES = {  # what a data set changes in them
     "folder": dict(size=32, width=64, blocks=2, attention=[8], time="uniform", optimizer="adamw",
                    batch=64, lr=1e-3, warmup=200, steps=20_000, ema=0.999, save_every=1000),
 }
-SAMPLE = dict(ckpt="", n=64, label="", guidance=1.0, solver="midpoint", steps=20, tolerance=1e-5,
-              seed=0, batch=128, device="", amp="off", compile=False)
+SAMPLE = dict(ckpt="", n=64, guidance=1.0, solver="midpoint", steps=20, tolerance=1e-5, seed=0,
+              batch=128, device="", amp="", compile=False)
 MAY_BE_0 = ("seed", "dropout", "label_drop", "warmup", "ema", "guidance", "attention")
 AT_MOST_1 = ("dropout", "label_drop", "ema", "tolerance")
 AMP = dict(bf16=torch.bfloat16, fp16=torch.float16)  # mixed precision: the type of matrix work
 
 
 def check_flags(flags):
-    """Raises ValueError for a number out of range: of MAY_BE_0 from 0, of AT_MOST_1 to 1."""
+    """ValueError for "" or a number that is not above 0 (MAY_BE_0: or 0) or above 1 (AT_MOST_1)."""
     for flag, value in flags.items():
         low, high = 0 if flag in MAY_BE_0 else 1e-12, 1 if flag in AT_MOST_1 else 1e12
         values = (value or [0]) if isinstance(value, list) else [value]  # "none" counts as 0
@@ -820,17 +810,15 @@ def build(config, device, checkpoint=None):
     """A config's model, ema, optimizers and scaler by name, in the state that a checkpoint kept."""
     torch.manual_seed(config.seed)
     layout = torch.contiguous_format if device == "mps" else torch.channels_last
-    model, others, kernels = Velocity(config).to(device, memory_format=layout), [], {}
+    model, groups = Velocity(config).to(device, memory_format=layout), {}
     for p in model.parameters():
-        if config.optimizer == "muon" and p.dim() == 4 and min(p.shape[:2]) >= 16:
-            kernels.setdefault(p.shape, []).append(p)
-        else:
-            others.append(p)
+        hidden = config.optimizer == "muon" and p.dim() == 4 and min(p.shape[:2]) >= 16
+        groups.setdefault(p.shape if hidden else "others", []).append(p)
     parts = dict(model=model, ema=copy.deepcopy(model).eval().requires_grad_(False),
-                 adamw=torch.optim.AdamW(others, weight_decay=0, fused=True),
+                 adamw=torch.optim.AdamW(groups.pop("others"), lr=0.0, weight_decay=0, fused=True),
                  scaler=torch.amp.GradScaler(device, enabled=config.amp == "fp16"))
-    if kernels:
-        parts["muon"] = Muon([dict(params=group) for group in kernels.values()], dict(lr=0.0))
+    if groups:  # train_step sets both rates
+        parts["muon"] = Muon([dict(params=group) for group in groups.values()], dict(lr=0.0))
     for name, part in parts.items():
         if checkpoint and (name != "scaler" or checkpoint[name]):  # {} unless the run was in fp16
             part.load_state_dict(checkpoint[name])
@@ -845,12 +833,11 @@ def load(file, device="cpu"):
         if damaged := zipfile.ZipFile(file).testzip():  # torch.load does not check the sums
             raise ValueError(f"damaged at {damaged}")
         checkpoint = dict(torch.load(file, map_location="cpu", weights_only=True))  # runs no code
-        config = checkpoint["config"] | dict(steps=checkpoint["step"])
-        check_flags({k: config[k] for k in TRAIN if config[k] != ""})  # in range, a step too
-        if any(type(config[k]) is not type(v) for k, v in TRAIN.items() if k != "compile"):
-            raise ValueError("flags of another type")
-        if config["path"] not in PATHS or type(checkpoint["log"]) is not list:
-            raise ValueError("another path or log")
+        flags = checkpoint["config"] | dict(steps=checkpoint["step"])  # a step is checked as steps
+        check_flags({k: flags[k] for k in TRAIN if flags[k] != ""})
+        alike = all(type(flags[k]) is type(v) for k, v in TRAIN.items() if k != "compile")
+        if not alike or flags["path"] not in PATHS or type(checkpoint["log"]) is not list:
+            raise ValueError("flags, a path or a log of another kind")
         ema = build(argparse.Namespace(**checkpoint["config"]), device, checkpoint)["ema"]
         if not all(p.isfinite().all() for p in ema.parameters()):
             raise ValueError("weights are not finite")
@@ -860,17 +847,17 @@ def load(file, device="cpu"):
     return checkpoint, ema
 
 
-def make_images(velocity, args, nfes):
+def make_images(velocity, args, nfes, label=""):
     """Images of the noises 0..n − 1 of a seed: yields uint8 batches, adds the NFE of each to nfes.
 
-    args: all of SAMPLE.  With classes, image i is of args.label, or of class i mod K.
+    args: all of SAMPLE.  With classes, image i is of `label`, or of class i mod K.
     """
     config, names, device = velocity.config, velocity.config.names, args.device
-    if args.label not in ["", *names]:
-        raise ValueError(f"--label {args.label}: this model, of --classes, knows {names}")
+    if label not in ["", *names]:
+        raise ValueError(f"--label {label}: this model, of --classes, knows {names}")
     if args.guidance != 1 and not (names and config.label_drop):
         raise ValueError("--guidance needs a model trained with --classes and a --label-drop")
-    classes = [names.index(args.label)] if args.label else range(len(names))
+    classes = [names.index(label)] if label else range(len(names))
     if args.compile:
         velocity = compiled(velocity, device)
     for part in in_batches(args.n, args.batch, "images"):
@@ -894,10 +881,7 @@ def save(config, step, parts, log, grid):
             picture_grid(images, 8).save(f, "PNG")
     checkpoint = {name: part.state_dict() for name, part in parts.items()}
     with atomic(Path(config.out, "checkpoint.pt")) as f:
-        try:
-            torch.save(checkpoint | dict(step=step, config=vars(config), log=log), f)
-        except RuntimeError as error:  # what torch makes of a full disk
-            raise OSError(error) from None
+        torch.save(checkpoint | dict(step=step, config=vars(config), log=log), f)
 
 
 def compiled(model, device):
@@ -918,17 +902,21 @@ def start_ranks(device):
     if device == "cuda":
         backend, gpu = "cpu:gloo,cuda:nccl", torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(gpu)
-    wait = timedelta(hours=2)  # for the long decoding of another rank
-    dist.init_process_group(backend, timeout=wait, device_id=gpu)
+    dist.init_process_group(backend, timeout=timedelta(hours=2), device_id=gpu)  # one may decode
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")  # rank 0 speaks
     return dist.get_rank(), dist.get_world_size(), gpu or torch.device(device)
 
 
-@torch.no_grad()
-def update(parts, config, step):
-    """One step of both optimizers and of the EMA; returns the gradient's norm before clipping."""
-    velocity, scaler = parts["model"], parts["scaler"]
+def train_step(model, parts, step, batch):
+    """One step of the optimizers and of the EMA: the loss, the gradient's norm before clipping."""
+    velocity, scaler, config = parts["model"], parts["scaler"], parts["model"].config
+    x_1, y, x_0, t = batch
+    with torch.autocast(t.device.type, AMP.get(config.amp), enabled=config.amp in AMP):
+        _, _, c_out = velocity.scales(t)
+        v = functools.partial(model, y=y)
+        loss = cfm_loss(v, PATHS[config.path], x_1, x_0, t, weight=c_out**-2)
+    scaler.scale(loss).backward()
     optimizers = [parts[name] for name in ("adamw", "muon") if name in parts]
     warm_up = min(1, step / max(1, config.warmup))
     decay = 1 - (step - 1) / config.steps  # linear; 0 would be the step after the last
@@ -943,18 +931,19 @@ def update(parts, config, step):
     scaler.update()
     velocity.zero_grad()
     keep = min(config.ema, (1 + step) / (10 + step))  # soon forgets the initial weights
-    torch._foreach_lerp_([*parts["ema"].parameters()], [*velocity.parameters()], 1 - keep)
-    return norm
+    with torch.no_grad():
+        torch._foreach_lerp_([*parts["ema"].parameters()], [*velocity.parameters()], 1 - keep)
+    return torch.stack([loss.detach(), norm])
 
 
-def train(config, checkpoint=None, stops=()):
+def train(config, checkpoint, stops):
     """Train by a config, all of TRAIN; fills config.out with checkpoint.pt, log.jsonl and grids.
 
-    After a checkpoint that load() read, a CPU makes the bits of an unbroken run.  stops: a list;
+    Resumed from what load() read, a CPU's run is bit for bit the unbroken one.  stops: a list;
     once a signal is in it, the run ends with a checkpoint.  Returns the last step.
     """
     rank, world, device = start_ranks(config.device)
-    first = os.environ.get("LOCAL_RANK", "0") == "0"  # of its machine: it loads, the others wait
+    first = world == 1 or os.environ["LOCAL_RANK"] == "0"  # of its machine: the others wait
     if not first:
         dist.barrier()
     images, labels, names = load_data(config.data, config.data_dir, config.size)
@@ -963,12 +952,11 @@ def train(config, checkpoint=None, stops=()):
     if config.batch % world or config.classes and len(names) < 2:
         raise ValueError(f"--batch must be divisible by the {world} ranks, and --classes needs "
                          f"class subfolders: {config.data} has {len(names)}")
+    rms = to_float(images[:: 1 + len(images) // 1000]).square().mean().sqrt().item()
     found = dict(channels=images.shape[1], names=names if config.classes else [])
-    if checkpoint and found != {k: vars(config)[k] for k in found}:
+    config = argparse.Namespace(**found | dict(data_rms=rms) | vars(config))  # a checkpoint's win
+    if not found.items() <= vars(config).items():
         raise ValueError(f"{config.data} has other channels or classes than {config.out}")
-    if not checkpoint:
-        rms = to_float(images[:: 1 + len(images) // 1000]).square().mean().sqrt().item()
-        config = argparse.Namespace(**vars(config), **found, data_rms=rms)
     if device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info(device)[1] / 4:
         images, labels = images.to(device), labels.to(device)
 
@@ -992,19 +980,14 @@ def train(config, checkpoint=None, stops=()):
           f"{config.path}, amp {config.amp}, {world} x {device} with {config.batch // world} images"
           f" each; {config.steps:,} steps into {out}/")
 
-    since, seen, unread, step = time.perf_counter(), [], False, start
-    for step in range(start + 1, config.steps + 1):  # waits for a GPU: fp16, coupling, log
+    since, seen = time.perf_counter(), []
+    for step in range(start + 1, config.steps + 1):  # fp16, coupling and logs wait for the GPU
         batch = draw_batch(images, labels, config, step, device)
-        x_1, y, x_0, t = (part.chunk(world)[rank] for part in batch)
         torch.manual_seed(hash((config.seed, step, rank)))  # dropout differs between ranks
-        with torch.autocast(device.type, AMP.get(config.amp), enabled=config.amp in AMP):
-            _, _, c_out = velocity.scales(t)
-            v = functools.partial(model, y=y)
-            loss = cfm_loss(v, PATHS[config.path], x_1, x_0, t, weight=c_out**-2)
-        parts["scaler"].scale(loss).backward()
-        seen.append(torch.stack([loss.detach(), update(parts, config, step)]))
+        mine = [part.chunk(world)[rank] for part in batch]
+        seen.append(train_step(model, parts, step, mine))
 
-        stopping = torch.tensor(float(unread or len(stops) > 0))
+        stopping = torch.tensor(len(stops))
         if world > 1:  # ranks leave together
             dist.all_reduce(stopping)
         saving = stopping > 0 or step % config.save_every == 0 or step == config.steps
@@ -1012,7 +995,7 @@ def train(config, checkpoint=None, stops=()):
             continue
         losses, norms = torch.stack(seen, 1)
         finite = norms.isfinite().tolist()
-        if not all(finite) and parts["scaler"].get_scale() <= 1:  # 1 if off; fp16 halves 65536
+        if not all(finite) and parts["scaler"].get_scale() <= 1:  # 1: off, or often halved
             bad = step - len(seen) + 1 + finite.index(False)
             raise FloatingPointError(f"the gradient of step {bad} is not finite; the last "
                                      "checkpoint is kept: try a lower --lr")
@@ -1027,7 +1010,7 @@ def train(config, checkpoint=None, stops=()):
             print(f"step {step:,}/{config.steps:,}  {config.batch * rate:,.0f} images/s  "
                   f"{left} left  loss {loss:.4f}", flush=True)
         except OSError:  # nobody reads what is printed: stop after the next step
-            unread = True
+            stops.append(signal.SIGTERM)
         if saving and rank == 0:
             save(config, step, parts, log, grid=not stopping)
         if stopping:
@@ -1061,12 +1044,13 @@ def measure_paths(means, tau, particles=1000, seed=0):
 
 def evaluations_ratio(table, solver="euler"):
     """Evaluations that ot needs over those of vp at equal error: geometric mean, log-log."""
-    rows = [(path, math.log(error), math.log(nfe))
-            for (path, by, nfe), (_, error) in table.items() if by == solver]
-    ot = sorted(row[1:] for row in rows if row[0] == "ot")  # by rising error
-    vp = [row[1:] for row in rows if row[0] == "vp" and ot[0][0] <= row[1] <= ot[-1][0]]
-    ot_nfe = np.interp([error for error, _ in vp], *zip(*ot, strict=True))
-    return math.exp(np.mean(ot_nfe - [nfe for _, nfe in vp]))
+    curves = {path: sorted((math.log(error), math.log(nfe))  # by rising error
+                           for (name, by, nfe), (_, error) in table.items()
+                           if name == path and by == solver) for path in ("ot", "vp")}
+    ot_error, ot_nfe = np.transpose(curves["ot"])
+    vp_error, vp_nfe = np.transpose(curves["vp"])
+    overlap = (ot_error[0] <= vp_error) & (vp_error <= ot_error[-1])
+    return math.exp(np.mean((np.interp(vp_error, ot_error, ot_nfe) - vp_nfe)[overlap]))
 
 
 def draw_paths(means, tau, seed=0):
@@ -1105,7 +1089,7 @@ clip       largest norm of the gradient
 compile    torch.compile; default of train: on CUDA from 5000 steps
 coupling   independent | ot | ot: minibatch optimal transport
 data       digits, {', '.join(TORCHVISION)}, or a folder of images
-data_dir   of downloads and decoded images; default: as in training
+data_dir   of downloads and decoded images; default of fid, nll: as in training
 device     cuda | mps | cpu | default: the fastest here
 dropout    share of activations dropped
 ema        decay per step of the averaged weights
@@ -1142,13 +1126,8 @@ MAY_CHANGE = {"steps", "data", "data_dir", "log_every", "save_every", "device", 
               "out", "resume", "overwrite"}  # in a run that goes on
 
 
-def integers(text):
-    """"1,2,2" as [1, 2, 2], "none" as []."""
-    return [] if text == "none" else [int(part) for part in text.split(",")]
-
-
 def check_free(out, overwrite):
-    """Raises ValueError, unless overwrite, if out is a file or a folder with something in it."""
+    """ValueError for a folder NAME.png and, unless overwrite, for what exists and is not empty."""
     if out.suffix.lower() == ".png" and out.is_dir():
         raise ValueError(f"{out} is a folder: name a file")
     if not overwrite and (out.is_file() or any(out.glob("*"))):
@@ -1160,13 +1139,14 @@ def look_around(name):
     here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
     name, amp = name or next(k for k in here if here[k]), "off"  # bf16 is mostly slower on a CPU
     try:
-        torch.ones(1, device=name).add(1).item()
+        own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
+        torch.ones(1, device=own).add(1).item()
     except (RuntimeError, AssertionError) as error:  # none, or one that torch was not built for
         raise ValueError(f"no {name} works here ({error}): use --device cpu") from None
     if name == "cuda":
         amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    files = sorted(Path("runs").glob("*/checkpoint.pt"), key=os.path.getmtime)
-    return name, amp, files[-1] if files else Path("runs/*/checkpoint.pt")  # load() says: none
+    files = Path("runs").glob("*/checkpoint.pt")  # if there is none, load() says so
+    return name, amp, max(files, key=os.path.getmtime, default=Path("runs/*/checkpoint.pt"))
 
 
 @contextlib.contextmanager
@@ -1182,7 +1162,7 @@ def stop_signals():
 
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number and signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+        if number and signal.getsignal(number) not in (None, signal.SIG_IGN):  # as nohup sets it
             before[number] = signal.signal(number, note)
     try:
         yield caught
@@ -1211,16 +1191,16 @@ def run_train(defaults, typed):
         raise ValueError("--amp fp16: its loss scaling does not work on mps; take bf16 or off")
     if Path(config.data).is_dir() and out.resolve().is_relative_to(Path(config.data).resolve()):
         raise ValueError(f"--out {out} is inside --data {config.data}")
-    if checkpoint and checkpoint["step"] >= config.steps:
-        raise ValueError(f"{out} is at step {checkpoint['step']:,}: ask for more --steps")
     if not checkpoint:
         check_free(out, config.overwrite)
+    elif checkpoint["step"] >= config.steps:
+        raise ValueError(f"{out} is at step {checkpoint['step']:,}: ask for more --steps")
     with stop_signals() as caught:
         step = train(config, checkpoint, caught)
     if step < config.steps:
         with contextlib.suppress(OSError):
             print("go on with: python flow_matching.py train --resume --out", shlex.quote(str(out)))
-        sys.exit(128 + (caught or [signal.SIGTERM])[0])  # none: another rank's, or a reader gone
+        sys.exit(128 + (caught or [signal.SIGTERM])[0])  # empty: another rank's, or no reader
 
 
 def open_model(defaults, typed):
@@ -1236,8 +1216,6 @@ def open_model(defaults, typed):
     if config.data not in ("digits", *TORCHVISION):
         known["reference"] = "train"  # a folder has no test split
     args = argparse.Namespace(**defaults | known | typed)
-    if "label" in defaults:
-        args.label = unicodedata.normalize("NFC", args.label)  # as load_folder does
     if args.solver == "dopri5" and "steps" in typed:
         raise ValueError("dopri5 chooses its steps: leave out --steps, or take --solver rk4")
     print(f"{file}: {config.data}, path {config.path}, step {checkpoint['step']:,}, EMA weights")
@@ -1256,13 +1234,14 @@ def run_sample(args, velocity):
     out = Path(args.out or Path(args.ckpt).with_name("samples.png"))
     check_free(out, args.overwrite or not args.out)
     marks = {name: "-" + name.replace("/", "_") for name in velocity.config.names} | {"": ""}
-    names, nfes = [args.label] if args.label else velocity.config.names or [""], []
-    images = itertools.chain.from_iterable(make_images(velocity, args, nfes))
+    label = unicodedata.normalize("NFC", args.label)  # as load_folder does
+    names, nfes = [label] if label else velocity.config.names or [""], []
+    images = (image for part in make_images(velocity, args, nfes, label) for image in part)
     if out.suffix.lower() == ".png":
-        # about square, with a column for each class
-        columns = len(names) * max(1, round(args.n**0.5 / len(names)))
+        columns = len(names) * max(1, round(args.n**0.5 / len(names)))  # about square
+        grid = picture_grid(torch.stack([*images]), columns)
         with atomic(out) as f:
-            picture_grid(torch.stack([*images]), columns).save(f, "PNG")
+            grid.save(f, "PNG")
     else:
         out.mkdir(parents=True, exist_ok=True)
         old = {file for mark in marks.values()  # of a run that --overwrite replaces
@@ -1294,7 +1273,7 @@ def run_fid(args, velocity, images):
     parts = (images[part] for part in in_batches(len(images), 1000, "reference"))
     real = fit_gaussian(parts, features)
     for steps in args.steps:
-        one = argparse.Namespace(**vars(args) | dict(steps=steps, label=""))
+        one = argparse.Namespace(**vars(args) | dict(steps=steps))
         nfes, since = [], time.perf_counter()
         made = fit_gaussian(make_images(velocity, one, nfes), features)
         distance = frechet_distance(*made, *real)
@@ -1347,18 +1326,18 @@ def run_paths(defaults, typed):
     for solver, nfe in dict.fromkeys(key[1:] for key in table):
         cells = [table[name, solver, nfe] for name in PATHS]
         print(f"{solver:9}{nfe:4}" + "".join(f"    {a:7.1%}  {b:.1e}" for a, b in cells))
+    picture = draw_paths(means, tau, args.seed)
     with atomic(Path(args.out)) as f:
-        draw_paths(means, tau, args.seed).save(f, "PNG")
+        picture.save(f, "PNG")
     print(f"at equal error, ot needs {evaluations_ratio(table):.0%} of vp's evaluations (euler)\n"
           f"wrote {args.out}")
 
 
 COMMANDS = {
     "train": (run_train, TRAIN),
-    "sample": (run_sample, SAMPLE | dict(out="", overwrite=False)),
-    "fid": (run_fid, {k: v for k, v in SAMPLE.items() if k != "label"} | dict(
-        n=50_000, steps=[20], features="inception", inception="", reference="train", data_dir="",
-        results="")),
+    "sample": (run_sample, SAMPLE | dict(label="", out="", overwrite=False)),
+    "fid": (run_fid, SAMPLE | dict(n=50_000, steps=[20], features="inception", inception="",
+                                   reference="train", data_dir="", results="")),
     "nll": (run_nll, dict(ckpt="", n=128, k=1, exact=False, solver="dopri5", steps=20, batch=32,
                           tolerance=1e-5, seed=0, device="", reference="test", data_dir="",
                           results="")),
@@ -1369,6 +1348,10 @@ COMMANDS = {
 def add_flags(parser, defaults):
     """A flag for each default, of its type, with its line of HELP."""
     texts = dict(line.split(maxsplit=1) for line in HELP.strip().split("\n"))
+
+    def integers(text):  # "1,2,2" is [1, 2, 2], "none" is []
+        return [] if text == "none" else [int(part) for part in text.split(",")]
+
     for flag, default in defaults.items():
         *choices, text = texts[flag].split(" | ")
         how = dict(type=type(default), choices=choices or None)
