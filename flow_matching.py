@@ -40,6 +40,7 @@ import sys
 import time
 import unicodedata
 import zipfile
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
@@ -671,7 +672,7 @@ def load_folder(folder, data_dir, size):
         elif not path.is_dir() or not any(path.iterdir()):  # another file, an empty folder
             others.append(path.suffix or name)
     if others:
-        print(folder, "left out:", *(f"{others.count(end):,} {end}" for end in sorted({*others})))
+        print(folder, "left out:", *(f"{n:,} {end}" for end, n in sorted(Counter(others).items())))
     if not classes:
         raise ValueError(f"{folder} is no folder with images, nor digits, {', '.join(TORCHVISION)}")
     names = sorted({*classes.values()} - {""})
