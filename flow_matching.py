@@ -250,8 +250,8 @@ def log_likelihood(v, x_1, path=ot_path, probes=None, **solver):
 
     d log p_t(x_t)/dt = −div v(x_t, t), solved backward in time from the data x_1: (B, ...).
     div v is taken as the sum of Eᵀ (∂v/∂x) E over the probes, tensors E: (B, ...).  One draw of
-    random signs is Hutchinson's unbiased estimate; None takes every unit vector: exact, for as many
-    gradients as an x_1 has numbers.  v must not mix the samples of a batch.  No gradient is kept.
+    random signs is Hutchinson's unbiased estimate; None: all unit vectors, exact, at a gradient for
+    each number of an x_1.  v must not mix the samples of a batch.  The result has no gradient.
     """
     if probes is None:
         units = torch.eye(math.prod(x_1.shape[1:]), dtype=x_1.dtype, device=x_1.device)
@@ -609,7 +609,7 @@ def atomic(file):
                 return os.replace(temporary, file)
             time.sleep(seconds)
         os.replace(temporary, file)
-    except (OSError, RuntimeError) as error:  # RuntimeError: what torch makes of a full disk
+    except OSError as error:
         raise OSError(f"{file} was not written, is the disk full? ({error})") from None
     finally:
         with contextlib.suppress(OSError):  # which would hide the error that led here
@@ -882,7 +882,10 @@ def save(config, step, parts, log, grid):
             picture_grid(images, 8).save(f, "PNG")
     checkpoint = {name: part.state_dict() for name, part in parts.items()}
     with atomic(Path(config.out, "checkpoint.pt")) as f:
-        torch.save(checkpoint | dict(step=step, config=vars(config), log=log), f)
+        try:
+            torch.save(checkpoint | dict(step=step, config=vars(config), log=log), f)
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(error) from None
 
 
 def compiled(model, device):
@@ -1240,9 +1243,8 @@ def run_sample(args, velocity):
     images = (image for part in make_images(velocity, args, nfes, label) for image in part)
     if out.suffix.lower() == ".png":
         columns = len(names) * max(1, round(args.n**0.5 / len(names)))  # about square
-        grid = picture_grid(torch.stack([*images]), columns)
-        with atomic(out) as f:
-            grid.save(f, "PNG")
+        with atomic(out) as f:  # opened first: what can't be written is said before the work
+            picture_grid(torch.stack([*images]), columns).save(f, "PNG")
     else:
         out.mkdir(parents=True, exist_ok=True)
         old = {file for mark in marks.values()  # of a run that --overwrite replaces
@@ -1327,9 +1329,8 @@ def run_paths(defaults, typed):
     for solver, nfe in dict.fromkeys(key[1:] for key in table):
         cells = [table[name, solver, nfe] for name in PATHS]
         print(f"{solver:9}{nfe:4}" + "".join(f"    {a:7.1%}  {b:.1e}" for a, b in cells))
-    picture = draw_paths(means, tau, args.seed)
     with atomic(Path(args.out)) as f:
-        picture.save(f, "PNG")
+        draw_paths(means, tau, args.seed).save(f, "PNG")
     print(f"at equal error, ot needs {evaluations_ratio(table):.0%} of vp's evaluations (euler)\n"
           f"wrote {args.out}")
 

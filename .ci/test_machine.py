@@ -151,10 +151,12 @@ def test_a_result_is_written_where_it_can_be_and_before_it_is_printed(tmp_path, 
         patch.setattr(sys, "stdout", unittest.mock.Mock(**{"write.side_effect": write}))
         fm.main([*nll, "kept"])
     assert json.loads((tmp_path / "kept").read_text())["bits_per_dim"] == row["bits_per_dim"]
-    monkeypatch.setattr(fm, "log_likelihood", unittest.mock.Mock(side_effect=AssertionError))
-    for nowhere in ("run", "no/such/folder"):
+    for work in ("log_likelihood", "sample"):
+        monkeypatch.setattr(fm, work, unittest.mock.Mock(side_effect=AssertionError))
+    picture = "sample --ckpt run/checkpoint.pt --n 2 --steps 1 --out rows/x.png".split()
+    for line in ([*nll, "run"], [*nll, "no/such/folder"], picture):  # rows is a file
         with pytest.raises(SystemExit) as stop:
-            fm.main([*nll, nowhere])
+            fm.main(line)
         assert stop.value.code == 2
 
 
