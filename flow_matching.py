@@ -9,19 +9,12 @@ t = 1.  Along it every pair (x_0, x_1) moves with the velocity u = α'(t) x_1 + 
 network v(x, t) learns u by plain regression at random (x_t, t): Eq. 14.  The loss is least at
 the mean velocity of all pairs that meet at x (Eq. 8), and following that mean moves the noise
 distribution onto the data (Theorem 1).  So new images are the solutions of dx/dt = v(x, t).
-B, C, H, W are batch, channels, height and width; images are in [-1, 1].  §1-§4 are the paper.
-Each of §1-§7, pasted with the imports and the sections that its title needs, runs.
 
     python flow_matching.py train --path ot
-    python flow_matching.py train --data photos/ --size 64 --out runs/photos
-    torchrun --nproc_per_node=8 flow_matching.py train --data cifar10 --batch 1024 --lr 6e-4
-    python flow_matching.py train --resume
     python flow_matching.py sample --steps 20
-    python flow_matching.py sample --n 10000 --out images/
-    python flow_matching.py sample --label 3 --guidance 2       (after train --classes)
-    python flow_matching.py fid --features pixels --n 2000 --solver euler --steps 5,10,20,50
-    python flow_matching.py nll --n 1000 --k 50 --reference train
-    python flow_matching.py paths
+
+§1-§4 are the paper.  Each of §1-§7 runs where it is pasted with what its title says that it needs.
+B, C, H, W are batch, channels, height and width; networks see images in [-1, 1], files are uint8.
 """
 
 import argparse
@@ -38,7 +31,7 @@ import shlex
 import signal
 import sys
 import time
-import unicodedata
+import warnings
 import zipfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -57,7 +50,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import nn
 from torchvision.transforms.functional import pil_to_tensor, resize, to_pil_image
 
-# §1  Probability paths  (paper: Sections 3 and 4) -----------------------------------------------
+# §1  Probability paths  (paper: Sections 3 and 4; needs math, torch) ----------------------------
 # A path takes times t: (B,) in [0, 1] and returns α, σ, α', σ', each (B,).  It means
 #     p_t(x | x_1) = N(x; α x_1, σ² I),        x_t = ψ_t(x_0) = α x_1 + σ x_0 with x_0 ~ N(0, I).
 
@@ -92,14 +85,16 @@ def ve_path(t, sigma_min=0.01, sigma_max=50.0):
 PATHS = {"ot": ot_path, "vp": vp_path, "ve": ve_path}
 
 
-def coefficients(path, t, x):
-    """What path(t) returns, each (B,), shaped (B, 1, ...) to multiply x: (B, ...)."""
-    return [c.reshape(-1, *[1] * (x.dim() - 1)) for c in path(t)]
+def expand(c, x):
+    """A number for each sample, c: (B,), shaped (B, 1, ...) so that it multiplies x: (B, ...)."""
+    if getattr(c, "shape", None) != x.shape[:1]:
+        raise ValueError(f"times, and what a path returns, must be ({len(x)},), not {c}")
+    return c.reshape(len(x), *[1] * (x.dim() - 1))
 
 
 def conditional_velocity(path, x, x_1, t):
     """Theorem 3, Eq. 15: u_t(x | x_1) = (σ'/σ) (x − α x_1) + α' x_1; Eqs. 17, 19, 21 are this."""
-    alpha, sigma, d_alpha, d_sigma = coefficients(path, t, x)
+    alpha, sigma, d_alpha, d_sigma = (expand(c, x) for c in path(t))
     return d_sigma / sigma * (x - alpha * x_1) + d_alpha * x_1
 
 
@@ -109,7 +104,7 @@ def marginal_velocity(path, x, t, means, tau=0.0):
     x: (B, D), t: (B,), means: (K, D).  At t component k is N(α m_k, (α²τ² + σ²) I) and moves by
     Theorem 3; the field is the mean of these velocities, weighted by p(k | x, t).
     """
-    alpha, sigma, d_alpha, d_sigma = coefficients(path, t, x[:, None])
+    alpha, sigma, d_alpha, d_sigma = (c[:, None, None] for c in path(t))
     offset = x[:, None] - alpha * means  # (B, K, D)
     variance = (alpha * tau) ** 2 + sigma**2
     growth = (alpha * d_alpha * tau**2 + sigma * d_sigma) / variance  # std'/std
@@ -117,7 +112,7 @@ def marginal_velocity(path, x, t, means, tau=0.0):
     return (posterior * (growth * offset + d_alpha * means)).sum(1)
 
 
-# §2  Loss  (paper: Theorem 2; needs §1) ---------------------------------------------------------
+# §2  Loss  (paper: Theorem 2; needs §1, torch) --------------------------------------------------
 
 
 def cfm_loss(v, path, x_1, x_0=None, t=None, weight=1.0):
@@ -125,32 +120,23 @@ def cfm_loss(v, path, x_1, x_0=None, t=None, weight=1.0):
 
     v: callable (x, t) -> velocity, x_1: (B, ...) data; x_0 ~ N(0, I) and t ~ U[0, 1] are drawn
     unless given; weight: (B,), 1 in the paper.  u is taken from Eq. 13, the time derivative of
-    ψ_t(x_0), which never divides by σ.  Raises ValueError for a velocity of another shape than u.
+    ψ_t(x_0), which never divides by σ.  Raises ValueError for a velocity of another shape than x_1.
     """
     x_0 = torch.randn_like(x_1) if x_0 is None else x_0
-    if t is None:  # float32 always: cast to bf16, a time would be exactly 1 once in 500
-        t = torch.rand(len(x_1), device=x_1.device)
-    alpha, sigma, d_alpha, d_sigma = coefficients(path, t, x_1)
+    if t is None:  # at least float32: cast to bf16, a time would be exactly 1 once in 500
+        times = torch.promote_types(x_1.dtype, torch.float32)
+        t = torch.rand(len(x_1), dtype=times, device=x_1.device)
+    alpha, sigma, d_alpha, d_sigma = (expand(c, x_1) for c in path(t))
     u = d_alpha * x_1 + d_sigma * x_0
-    velocity = v(alpha * x_1 + sigma * x_0, t)
-    alike = velocity.shape == x_0.shape == x_1.shape and t.shape == x_1.shape[:1]
-    if not alike or torch.as_tensor(weight).dim() > 1:
-        shapes = [tuple(part.shape) for part in (velocity, x_0, x_1, t)]
-        raise ValueError("velocity {}, x_0 {}, x_1 {}, t {}: these would broadcast; and a weight "
-                         "must be (B,)".format(*shapes))
+    velocity = v((alpha * x_1 + sigma * x_0).to(x_1.dtype), t)
+    if not velocity.shape == x_0.shape == x_1.shape or len(x_1) == 0:  # they would broadcast
+        shapes = [tuple(part.shape) for part in (velocity, x_0, x_1)]
+        raise ValueError("velocity {}, x_0 {}, x_1 {}: must be of one shape, B > 0".format(*shapes))
     return (weight * (velocity - u).square().reshape(len(u), -1).mean(1)).mean()
 
 
-# §3  ODE solvers: dx/dt = f(x, t) ---------------------------------------------------------------
+# §3  ODE solvers: dx/dt = f(x, t)  (needs np, torch, solve_ivp) ---------------------------------
 # For a step, t is a number; odeint hands it to v as times (B,).
-
-
-def evaluate(v, x, t):
-    """v(x, t).  Raises ValueError unless it is real and of the shape of x: it would broadcast."""
-    u = v(x, t)
-    if u.shape != x.shape or u.is_complex():
-        raise ValueError(f"a velocity {tuple(u.shape)}, {u.dtype} for x {tuple(x.shape)}")
-    return u
 
 
 def euler(f, x, t, h):
@@ -173,13 +159,15 @@ def rk4(f, x, t, h):
 
 
 def dopri5(f, x, t_0, t_1, tolerance):
-    """Adaptive Dormand-Prince of order 5, scipy's RK45: one step size for all, no gradients."""
+    """Adaptive Dormand-Prince of order 5, scipy's RK45: one step size for the whole batch."""
     if t_0 == t_1 or x.numel() == 0:  # scipy would divide by 0
         return x
 
     def f_flat(t, flat):  # as scipy wants it: one float64 vector
         u = f(torch.from_numpy(flat).to(x.dtype).to(x.device).reshape(x.shape), t)
-        u = u.detach().flatten().cpu().double().numpy()
+        if u.requires_grad or (x.requires_grad and torch.is_grad_enabled()):
+            raise ValueError("no gradient passes dopri5: take rk4, or torch.no_grad()")
+        u = u.flatten().cpu().double().numpy()
         if not np.isfinite(u).all():  # scipy would loop for ever
             raise FloatingPointError(f"the velocity is not finite at t = {t:.6g}")
         return u
@@ -199,22 +187,21 @@ def odeint(v, x, t_0=0.0, t_1=1.0, solver="midpoint", steps=20, tolerance=1e-5):
     """Solve dx/dt = v(x, t) from t_0 to t_1, forward or backward in time.
 
     v: callable (x, t) -> velocity with t: (B,); x: (B, ...).  euler, midpoint and rk4 take `steps`
-    equal steps; dopri5 takes its own, by a relative and absolute tolerance.  Returns x at t_1 and
-    the number of evaluations of v (NFE).  Raises ValueError for a wrong solver, type or shape,
-    FloatingPointError for a solve that fails or is not finite.
+    equal steps; dopri5 takes its own, by a relative and absolute tolerance, and passes no gradient.
+    Returns x at t_1 and the number of evaluations of v (NFE).  Raises ValueError for a velocity of
+    another shape or kind than x, FloatingPointError for a solution that fails or is not finite.
     """
-    if solver not in SOLVERS or steps < 1 or not tolerance > 0 or not math.isfinite(t_1 - t_0):
-        raise ValueError(f"no {solver} with {steps} steps, tolerance {tolerance}, to {t_1}: take "
-                         f"one of {[*SOLVERS]}, at least 1 step, a tolerance above 0, finite times")
-    if not x.is_floating_point():
-        raise ValueError(f"x must be real and floating-point, not {x.dtype}")
     nfe = 0
 
     def f(x, t):
         nonlocal nfe
         nfe += 1
-        t = torch.full((len(x),), t, dtype=x.dtype, device=x.device)
-        return evaluate(v, x, t).to(x.dtype)
+        times = torch.promote_types(x.dtype, torch.float32)
+        u = v(x, torch.full((len(x),), t, dtype=times, device=x.device))
+        if u.shape != x.shape or u.is_complex() or not x.is_floating_point():
+            raise ValueError(f"velocity {tuple(u.shape)}, {u.dtype} of x {tuple(x.shape)}, "
+                             f"{x.dtype}: both must be real and of one shape")
+        return u.to(x.dtype)
 
     if solver == "dopri5":
         x = dopri5(f, x, t_0, t_1, tolerance)
@@ -227,7 +214,7 @@ def odeint(v, x, t_0=0.0, t_1=1.0, solver="midpoint", steps=20, tolerance=1e-5):
     return x, nfe
 
 
-# §4  Sampling and likelihood  (paper: Section 2, Appendix C; needs §1 and §3) -------------------
+# §4  Sampling and likelihood  (paper: Section 2, Appendix C; needs §1, §3, math, torch, F) ------
 
 
 @torch.no_grad()
@@ -244,6 +231,7 @@ def invert(v, x_1, path=ot_path, **solver):
     return x / path(x.new_zeros(1))[1], nfe
 
 
+@torch.inference_mode(False)  # in which no gradient could be taken
 @torch.no_grad()
 def log_likelihood(v, x_1, path=ot_path, probes=None, **solver):
     """log p_1(x_1) in nats, (B,), and the NFE: the change of variables along the flow.
@@ -253,25 +241,24 @@ def log_likelihood(v, x_1, path=ot_path, probes=None, **solver):
     random signs is Hutchinson's unbiased estimate; None: all unit vectors, exact, at a gradient for
     each number of an x_1.  v must not mix the samples of a batch.  The result has no gradient.
     """
+    B, D = len(x_1), math.prod(x_1.shape[1:])
     if probes is None:
-        units = torch.eye(math.prod(x_1.shape[1:]), dtype=x_1.dtype, device=x_1.device)
-        probes = units.reshape(-1, 1, *x_1.shape[1:]).expand(-1, *x_1.shape)  # (D, B, ...)
+        units = torch.eye(D, dtype=x_1.dtype, device=x_1.device)
+        probes = units.reshape(D, 1, *x_1.shape[1:]).expand(D, *x_1.shape)
 
     def f(state, t):  # x and ∫ div v dt, as one state: (B, D + 1)
-        with torch.inference_mode(False), torch.enable_grad():
-            x = state[:, :-1].clone().reshape(x_1.shape).requires_grad_()
-            t = t.clone()  # autograd refuses a tensor that inference mode made
-            u = evaluate(v, x, t)
-            if not u.requires_grad and not torch.equal(u, v(x + 1, t)):  # no graph, but x matters
-                raise ValueError("v passes no gradient to x: call it without no_grad or detach")
-            u = u + 0 * x  # so that a field which does not look at x has divergence 0
-            div = sum(torch.autograd.grad(u, x, E, retain_graph=True)[0] * E for E in probes)
-        return torch.cat([u.detach().flatten(1), div.flatten(1).sum(1, keepdim=True)], 1)
+        x, div = state[:, :D].reshape(x_1.shape).requires_grad_(), 0
+        with torch.enable_grad():
+            u = v(x, t)
+        for i, E in enumerate(probes, 1):
+            J_E, = torch.autograd.grad(u, x, E, retain_graph=i < len(probes))  # Eᵀ (∂v/∂x)
+            div = div + (J_E * E).reshape(B, D).sum(1, keepdim=True)
+        return torch.cat([u.detach().reshape(B, D), div], 1)
 
-    state, nfe = odeint(f, F.pad(x_1.flatten(1), (0, 1)), 1.0, 0.0, **solver)
+    state, nfe = odeint(f, F.pad(x_1.reshape(B, D), (0, 1)), 1.0, 0.0, **solver)
     variance = path(state.new_zeros(1))[1] ** 2
-    log_p_0 = -0.5 * (state[:, :-1].square() / variance + (2 * math.pi * variance).log()).sum(1)
-    return log_p_0 + state[:, -1], nfe  # backward in time: state[:, -1] = −∫ div v dt
+    log_p_0 = -0.5 * (state[:, :D].square() / variance + (2 * math.pi * variance).log()).sum(1)
+    return log_p_0 + state[:, D], nfe  # backward in time: state[:, D] = −∫ div v dt
 
 
 def bits_per_dim(log_p, D):
@@ -285,7 +272,7 @@ def bits_per_dim(log_p, D):
 
 
 # The paper ends here, the engineering begins. ===================================================
-# §5  Coupling, guidance, noise, for any callable v ----------------------------------------------
+# §5  Coupling, guidance, noise, for any v  (needs math, np, torch, linear_sum_assignment) -------
 
 
 def ot_coupling(x_0, x_1, y=None):
@@ -295,35 +282,36 @@ def ot_coupling(x_0, x_1, y=None):
     y: (B,) labels: noise then changes places only within a class: p(x_0 | y) stays N(0, I).
     """
     if x_0.shape != x_1.shape:
-        raise ValueError(f"x_0 {tuple(x_0.shape)} and x_1 {tuple(x_1.shape)}: not the same shape")
-    cost = torch.cdist(x_1.detach().flatten(1), x_0.detach().flatten(1)).square()
+        raise ValueError(f"x_0 {tuple(x_0.shape)} and x_1 {tuple(x_1.shape)}: not of the same shape")
+    rows, columns = (x.detach().reshape(len(x), -1).float() for x in (x_1, x_0))
+    cost = torch.cdist(rows, columns).square()
     if y is not None:
-        cost = cost.masked_fill(y[:, None] != y, math.inf)
+        cost = cost.masked_fill(y.reshape(-1, 1) != y.reshape(1, -1), math.inf)
     order = linear_sum_assignment(cost.cpu())[1]
     return x_0[torch.from_numpy(order).to(x_0.device)]
 
 
-def guided(v, y, scale=1.0):
+def guided(v, y, scale=1.0, null=None):
     """Classifier-free guidance of scale s (arXiv 2207.12598): v(∅) + s (v(y) − v(∅)).
 
-    v: callable (x, t, y), y: (B,) labels or None, which is ∅.  Returns a callable (x, t) that
-    evaluates v twice; s = 1 is plain conditional sampling and evaluates it once.
+    v: callable (x, t, y), y: (B,) labels; null: what v takes for ∅, "no label".  Returns a callable
+    (x, t) that evaluates v twice; s = 1 is plain conditional sampling and evaluates it once.
     """
     if scale == 1:
         return lambda x, t: v(x, t, y)
-    return lambda x, t: torch.lerp(v(x, t, None), v(x, t, y), scale)
+    return lambda x, t: torch.lerp(v(x, t, null), v(x, t, y), scale)
 
 
-def draw_noise(seed, indices, shape):
-    """x_0 ~ N(0, I): (len(indices), *shape), on the CPU.  Noise i depends on (seed, i) alone.
+def draw_noise(seed, indices, shape, law="standard_normal"):
+    """x_0 ~ N(0, I), or U[0, 1) by the law "random": (len(indices), *shape), on the CPU.
 
-    seed: a non-negative integer, or a tuple of them.
+    Noise i depends on (seed, i) alone.  seed: a non-negative integer, or a tuple of them.
     """
     rngs = [np.random.default_rng((seed, i)) for i in indices]
-    return torch.from_numpy(np.stack([rng.standard_normal(shape, np.float32) for rng in rngs]))
+    return torch.from_numpy(np.stack([getattr(rng, law)(shape, np.float32) for rng in rngs]))
 
 
-# §6  Network: the U-Net of DDPM and its successors  (needs §1 for preconditioning alone) --------
+# §6  Network: the U-Net of DDPM and its successors  (needs §1, functools, math, torch, F, nn) ---
 
 
 def time_embedding(t, dim):
@@ -335,8 +323,9 @@ def time_embedding(t, dim):
 
 
 def group_norm(channels):
-    """GroupNorm with at most 32 groups of at least 4 channels; channels divisible by 4."""
-    return nn.GroupNorm(math.gcd(32, channels // 4), channels)
+    """GroupNorm with as many groups as fit, at most 32, of a multiple of 4 channels; else one."""
+    groups = next((n for n in (32, 16, 8, 4, 2) if channels % (4 * n) == 0), 1)
+    return nn.GroupNorm(groups, channels)
 
 
 def zero_(module):
@@ -347,11 +336,11 @@ def zero_(module):
 
 
 class Attention(nn.Module):
-    """Self-attention, heads of 64 channels where 64 divides them: (B, C, H, W) -> same."""
+    """Self-attention between all places: (B, C, H, W) -> same."""
 
     def __init__(self, channels):
         super().__init__()
-        self.heads = math.gcd(channels, max(1, channels // 64))
+        self.heads = channels // 64 if channels % 64 == 0 else 1
         self.norm = group_norm(channels)
         self.qkv = nn.Conv2d(channels, 3 * channels, 1)
         self.out = zero_(nn.Conv2d(channels, channels, 1))
@@ -387,103 +376,113 @@ class ResBlock(nn.Module):
 class UNet(nn.Module):
     """The network: x (B, C, H, W) of any H and W, t (B,), labels y (B,) or None -> (B, C, H, W).
 
-    width: channels at full resolution, a multiple of 4; mults: multiples of it, one per level;
-    blocks: residual blocks per level, one more on the way up; attention: heights of feature maps
-    at which to attend, for images of height `size`; if there is one, the middle attends too;
-    classes: number of labels, where label `classes`, or y = None, is "no label".
+    width: channels at full resolution; mults: multiples of it, one per level; blocks: residual
+    blocks per level, one more on the way up; attention: heights of feature maps at which to
+    attend, for images of height `size`; if there is one, the middle attends too; classes: number
+    of labels, where label `classes`, or y = None, is "no label".
     The defaults are the usual CIFAR-10 net: 35.5M parameters.
     """
 
     def __init__(self, channels=3, size=32, width=128, mults=(1, 2, 2, 2), blocks=2,
                  attention=(16,), dropout=0.0, classes=0):
         super().__init__()
-        if width % 4 or not mults or min(*mults, width, blocks, channels) < 1:
-            raise ValueError("width must be a multiple of 4; mults, blocks, channels at least 1")
-        self.width, self.classes = width, classes
-        emb_dim, widths = 2 * width, [m * width for m in mults]
-        self.time = nn.Sequential(nn.Linear(width, emb_dim), nn.SiLU(), nn.Linear(emb_dim, emb_dim))
-        self.label = nn.Embedding(classes + 1, emb_dim) if classes else None
+        self.emb_dim, self.classes = 2 * width, classes
+        self.time = nn.Sequential(nn.Linear(2 * width, 2 * width), nn.SiLU(),
+                                  nn.Linear(2 * width, 2 * width))
+        self.label = nn.Embedding(classes + 1, 2 * width) if classes else None
+        heights = [math.ceil(size / 2**level) for level in range(len(mults))]
+        if not {*attention} <= {*heights}:
+            raise ValueError(f"attention at {[*attention]}: the maps have heights {heights}")
 
-        block = functools.partial(ResBlock, emb_dim=emb_dim, dropout=dropout)
+        block = functools.partial(ResBlock, emb_dim=2 * width, dropout=dropout)
         conv = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
-        self.before_down, self.down = nn.ModuleList(), nn.ModuleList()  # by level, finest first
-        self.before_up, self.up = nn.ModuleList(), nn.ModuleList()  # the same levels
-        finer, coarser = [width, *widths], [*widths[1:], widths[-1]]
-        for i, (above, c, below) in enumerate(zip(finer, widths, coarser, strict=False)):
-            attend = math.ceil(size / 2**i) in attention
-            self.before_down.append(conv(above, above, stride=2) if i else conv(channels, width))
-            inputs = [above] + [c] * (blocks - 1)
-            self.down.append(nn.ModuleList(block(n, c, attention=attend) for n in inputs))
-            self.before_up.append(conv(below, below) if i + 1 < len(mults) else nn.Identity())
-            inputs = [below + c] + [c + c] * (blocks - 1) + [c + above]  # with skips, last first
-            self.up.append(nn.ModuleList(block(n, c, attention=attend) for n in inputs))
-        c = widths[-1]
-        self.middle1, self.middle2 = block(c, c, attention=any(attention)), block(c, c)
-        self.out_norm = group_norm(widths[0])
-        self.out = zero_(conv(widths[0], channels))
+        self.first = conv(channels, width)
+        self.down, self.up = nn.ModuleList(), nn.ModuleList()
+        c, skips = width, [width]  # channels now, and of what is kept for the way up
+        for level, height in enumerate(heights):
+            for _ in range(blocks):
+                c, c_in = mults[level] * width, c
+                self.down.append(block(c_in, c, attention=height in attention))
+                skips.append(c)
+            if level + 1 < len(mults):
+                self.down.append(conv(c, c, stride=2))
+                skips.append(c)
+        self.middle1, self.middle2 = block(c, c, attention=bool(attention)), block(c, c)
+        for level, height in reversed([*enumerate(heights)]):
+            for _ in range(blocks + 1):
+                c, c_in = mults[level] * width, c + skips.pop()
+                self.up.append(block(c_in, c, attention=height in attention))
+            if level > 0:
+                self.up.append(conv(c, c))
+        self.out_norm = group_norm(c)
+        self.out = zero_(conv(c, channels))
 
     def forward(self, x, t, y=None):
-        emb = self.time(time_embedding(t, self.width))
+        emb = self.time(time_embedding(t, self.emb_dim).to(x.dtype))
         if self.label is not None:
             y = torch.full_like(t, self.classes, dtype=torch.long) if y is None else y
             emb = emb + self.label(y)
-        emb, h, skips = F.silu(emb), x, []
-        for before, level in zip(self.before_down, self.down, strict=True):
-            h = before(h)
+        emb, h = F.silu(emb), self.first(x)
+        skips = [h]
+        for layer in self.down:
+            h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
             skips.append(h)
-            for block in level:
-                h = block(h, emb)
-                skips.append(h)
         h = self.middle2(self.middle1(h, emb), emb)
-        for before, level in reversed([*zip(self.before_up, self.up, strict=True)]):
-            h = before(F.interpolate(h, skips[-1].shape[2:]))  # halved, an odd size was rounded up
-            for block in level:
-                h = block(torch.cat([h, skips.pop()], 1), emb)
+        for layer in self.up:
+            if isinstance(layer, ResBlock):
+                h = layer(torch.cat([h, skips.pop()], 1), emb)
+            else:  # halved, an odd size was rounded up
+                h = layer(F.interpolate(h, skips[-1].shape[2:]))
         return self.out(F.silu(self.out_norm(h)))
 
 
 class Velocity(nn.Module):
-    """The velocity v(x, t, y) of a config: for ot a plain U-Net F, as in Eq. 23.
+    """The velocity v(x, t, y) of a path whose scales vary, by any network F of the same arguments.
 
-    For vp and ve, whose scales vary (ve's |σ'| from 0.085 to 426), F learns only what the best
-    linear predictor misses, at unit scale (Karras et al., arXiv 2206.00364, §5, for any path):
-    v = c_skip x + c_out F(c_in x, t, y), loss weight 1/c_out².  config: the flags of train with
-    what train found in the data: channels, names of classes, data_rms.
+    F learns only what the best linear predictor of u from x misses, at unit scale (Karras et al.,
+    arXiv 2206.00364, §5, for any path): v = c_skip x + c_out F(c_in x, t, y), loss weight 1/c_out².
+    vp and ve need it (ve's |σ'| goes from 0.085 to 426); data_rms: root mean square of the data.
     """
 
-    def __init__(self, config):
+    def __init__(self, net, path, data_rms):
         super().__init__()
-        self.config = config
-        self.net = UNet(config.channels, config.size, config.width, config.mults, config.blocks,
-                        config.attention, config.dropout, len(config.names))
+        self.net, self.path, self.data_rms = net, path, data_rms
 
     def scales(self, t):
-        """c_in, c_skip, c_out, each (B,); s is the root mean square of the data."""
-        if self.config.path == "ot":
-            return torch.ones_like(t), torch.zeros_like(t), torch.ones_like(t)
-        alpha, sigma, d_alpha, d_sigma = PATHS[self.config.path](t)
-        s = self.config.data_rms
+        """c_in, c_skip, c_out, each (B,), and the weight of the loss."""
+        alpha, sigma, d_alpha, d_sigma = self.path(t)
+        s = self.data_rms
         c_in = (alpha**2 * s**2 + sigma**2) ** -0.5
         c_skip = (alpha * d_alpha * s**2 + sigma * d_sigma) * c_in**2
         c_out = s * (alpha * d_sigma - sigma * d_alpha).abs() * c_in  # the std of u − c_skip x
         return c_in, c_skip, c_out
 
-    def forward(self, x, t, y=None):
-        c_in, c_skip, c_out = coefficients(self.scales, t, x)
-        return c_skip * x + c_out * self.net(c_in * x, t, y)
+    def weight(self, t):
+        """1/c_out², the weight in the loss at which F's own error counts alike at all times."""
+        return self.scales(t)[2] ** -2
+
+    def forward(self, x, t, *y):
+        c_in, c_skip, c_out = (expand(c, x) for c in self.scales(t))
+        return c_skip * x + c_out * self.net((c_in * x).to(x.dtype), t, *y)
 
 
-# §7  Fréchet inception distance  (Heusel et al., arXiv 1706.08500) ------------------------------
-# Features are any callable: uint8 images (B, C, H, W) -> (B, D).
+# §7  Fréchet inception distance  (needs np, scipy.linalg, torch, torchvision, F, nn) ------------
+# Heusel et al., arXiv 1706.08500.  Features: any callable, uint8 images (B, C, H, W) -> (B, D).
 
 INCEPTION_URL = ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/"
                  "pt_inception-2015-12-05-6726825d.pth")
-INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 
 
 def to_float(images):
-    """uint8 0..255 to float32 in [-1, 1]."""
+    """uint8 0..255 to float32 in [-1, 1]; ValueError for another type."""
+    if images.dtype != torch.uint8:
+        raise ValueError(f"images must be uint8, not {images.dtype}")
     return images.float() / 127.5 - 1
+
+
+def to_uint8(x):
+    """float in [-1, 1], clipped, to uint8: the inverse of to_float for all 256 levels."""
+    return (127.5 * x + 128).clamp(0, 255).to(torch.uint8)
 
 
 def pixels(images):
@@ -491,26 +490,19 @@ def pixels(images):
     return to_float(images).flatten(1)
 
 
-def inception(file="", device="cpu"):
+def inception(file=None, device="cpu"):
     """The features on which published FIDs rest: of TensorFlow's Inception network of 2015.
 
-    file: its weights as pytorch-fid ported them; "" downloads them (96 MB) to torch's hub cache.
+    file: its weights as pytorch-fid ported them; None downloads them (96 MB) to torch's hub cache.
     Returns a callable: uint8 (B, C, H, W), C = 1 or 3, on any device -> float32 (B, 2048).
-    Raises ValueError without the right weights.
     """
-    cache = Path(torch.hub.get_dir(), "checkpoints", Path(INCEPTION_URL).name)
-    try:
-        if not file and not cache.exists():
-            cache.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(INCEPTION_URL, cache, INCEPTION_SHA256)
-        weights = Path(file or cache).read_bytes()
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"no Inception weights ({error}): fetch {INCEPTION_URL} elsewhere and "
-                         "name it with --inception FILE, or use --features pixels") from None
-    if hashlib.sha256(weights).hexdigest() != INCEPTION_SHA256:
-        raise ValueError(f"{file or cache} has another SHA-256 than {INCEPTION_URL}")
     net = torchvision.models.inception_v3(num_classes=1008, aux_logits=False, init_weights=False)
-    net.load_state_dict(torch.load(io.BytesIO(weights), map_location="cpu", weights_only=True))
+    if file:
+        weights = torch.load(file, map_location="cpu", weights_only=True)
+    else:
+        weights = torch.hub.load_state_dict_from_url(
+            INCEPTION_URL, map_location="cpu", check_hash=True, weights_only=True)
+    net.load_state_dict(weights)
     net.fc = nn.Identity()
     net = torch.fx.symbolic_trace(net.eval().requires_grad_(False).to(device))
     *means, last = (node for node in net.graph.nodes if node.target is F.avg_pool2d)
@@ -519,36 +511,31 @@ def inception(file="", device="cpu"):
     last.target = F.max_pool2d  # and its last pool takes the largest
     net.recompile()
 
+    def tent(n):  # weights (299, n) of TensorFlow 1's bilinear resize: pixel i lies at i n/299
+        place = (torch.arange(299, device=device) * n / 299).clamp(max=n - 1)
+        return (1 - (place[:, None] - torch.arange(n, device=device)).abs()).clamp(min=0)
+
     def features(images):
-        parts = []
-        for part in images.split(50):  # 1 GB at a time
-            # bilinear as in TensorFlow 1, no antialiasing: pixel i of 299 lies at i H/299, so with
-            # one pixel more on both sides the grids go from corner to corner
-            x = F.pad(part.to(device).float(), (0, 1, 0, 1), "replicate")
-            x = F.interpolate(x, (300, 300), mode="bilinear", align_corners=True)[..., :299, :299]
-            parts.append(net((x.expand(-1, 3, -1, -1) - 128) / 128))
-        return torch.cat(parts)
+        x = 127.5 * (to_float(images.to(device)) + 1)  # 0..255
+        x = tent(x.shape[2]) @ x @ tent(x.shape[3]).T
+        return net((x.expand(-1, 3, -1, -1) - 128) / 128)
 
     return features
 
 
-def fit_gaussian(batches, features):
-    """Mean (D,) and covariance (D, D) of the features of many images: numpy, float64.
+def fit_gaussian(features):
+    """Mean (D,) and covariance (D, D), numpy float64, of features in batches: iterable of (B, D).
 
-    batches: iterable of uint8 (B, C, H, W), of any sizes; one is in memory at a time.
-    Raises ValueError for other batches, fewer than two images, features that are not finite.
+    Raises ValueError for fewer than two samples and for features that are not finite.
     """
     n = total = squares = origin = 0
-    for images in batches:
-        if images.dtype != torch.uint8 or images.dim() != 4:
-            raise ValueError(f"{images.dtype} {tuple(images.shape)} is no uint8 (B, C, H, W)")
-        f = features(images).cpu().double()
-        if n == 0 and len(f) > 0:
-            origin = f[0]  # sums are about one sample: a large mean would cancel digits
+    for f in features:
+        f = f.cpu().double()
+        origin = f[0] if n == 0 else origin  # about one sample: a large mean would cancel digits
         f = f - origin
         n, total, squares = n + len(f), total + f.sum(0), squares + f.T @ f
     if n < 2 or not torch.isfinite(total).all():
-        raise ValueError("at least two images are needed" if n < 2 else "features are not finite")
+        raise ValueError("at least two samples are needed" if n < 2 else "not all are finite")
     covariance = (squares - torch.outer(total, total) / n) / (n - 1)
     return (origin + total / n).numpy(), covariance.numpy()
 
@@ -559,8 +546,6 @@ def frechet_distance(mean_1, cov_1, mean_2, cov_2):
     means (D,), covariances (D, D), float64.  With S_i = A_i A_iᵀ, tr (S_1 S_2)^½ is the sum of
     the singular values of A_1ᵀ A_2, so that singular covariances need no special care.
     """
-    if np.shape(mean_1) != np.shape(mean_2):
-        raise ValueError(f"means {np.shape(mean_1)} and {np.shape(mean_2)}: not of one shape")
     (s_1, V_1), (s_2, V_2) = scipy.linalg.eigh(cov_1), scipy.linalg.eigh(cov_2)
     A_1, A_2 = V_1 * np.sqrt(s_1.clip(0)), V_2 * np.sqrt(s_2.clip(0))
     root = scipy.linalg.svdvals(A_1.T @ A_2).sum()
@@ -577,69 +562,75 @@ SPLITS = {"train", "training", "val", "valid", "validation", "dev", "test", "tes
 PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # image generators store megabytes of text in a PNG
 
 
-def in_batches(n, batch, what):
-    """0..n − 1 in ranges of `batch`, with a line of progress after each."""
-    since = time.perf_counter()
-    for i in range(0, n, batch):
-        part = range(n)[i : i + batch]
-        yield part
-        rate = part.stop / (time.perf_counter() - since)
-        left = timedelta(seconds=int((n - part.stop) / rate))
-        with contextlib.suppress(OSError):  # of a reader that is gone: the work goes on
-            end = "" if part.stop < n else "\n"
-            print(f"\r{what} {part.stop:,}/{n:,}  {rate:,.1f}/s  {left} left", end=end, flush=True)
+class UserError(ValueError):
+    """What the person at the command line can mend: main() prints it as one line."""
+
+
+@contextlib.contextmanager
+def own_files():
+    """Around the program's own reading and writing: an OSError becomes a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{error}: is the disk full, or not to be written to?") from None
 
 
 @contextlib.contextmanager
 def atomic(file):
     """An open file that replaces `file` when the block ends: whole, or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    for old in file.parent.glob("????????.fm-tmp"):
-        with contextlib.suppress(OSError):
-            if time.time() - old.stat().st_mtime > 86400:  # of a process that was killed
-                old.unlink()
-    temporary = file.with_name(f"{os.urandom(4).hex()}.fm-tmp")
+    temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        for seconds in (0.2, 1, 4):  # Windows keeps a file that a viewer has open
-            with contextlib.suppress(PermissionError):
-                return os.replace(temporary, file)
-            time.sleep(seconds)
-        os.replace(temporary, file)
-    except OSError as error:
-        raise OSError(f"{file} was not written, is the disk full? ({error})") from None
+        with own_files():
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with open(temporary, "wb") as f:
+                yield f
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(temporary, file)
     finally:
-        with contextlib.suppress(OSError):  # which would hide the error that led here
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
+
+
+def in_batches(n, size, what):
+    """0..n − 1 in ranges of `size`, with a line after each; without a terminal, one a minute."""
+    since = last = time.perf_counter()
+    for i in range(0, n, size):
+        part = range(n)[i : i + size]
+        yield part
+        now, at_terminal = time.perf_counter(), sys.stdout.isatty()
+        if at_terminal or part.stop == n or now - last > 60:
+            rate, last = part.stop / (now - since), now
+            left = timedelta(seconds=int((n - part.stop) / rate))
+            end = "\r" if at_terminal and part.stop < n else "\n"
+            print(f"{what} {part.stop:,}/{n:,}  {rate:,.1f}/s  {left} left", end=end, flush=True)
 
 
 def draw_digits(n, size, seed=0):
     """n grey digits in Pillow's own font, each scaled, slanted, rotated, moved and thickened."""
     rng, big = np.random.default_rng(seed), 4 * size  # drawn large, then averaged: smooth edges
-    labels, strokes = rng.integers([[10], [1 + size // 8]], size=(2, n))
+    labels, strokes = rng.integers(10, size=n), rng.integers(1 + size // 8, size=n)
     angle, slant, x, y = rng.normal(0, [[0.08], [0.1], [0.04], [0.04]], (4, n))
     cos, sin, scale = np.cos(angle), np.sin(angle), rng.uniform(0.9, 1.1, n)
     maps = np.array([[cos, sin + slant, x], [-sin, cos, y]]) / scale  # from a pixel to its source
-    images, font = np.empty((n, 1, size, size), np.uint8), ImageFont.load_default(big)
-    for digit, stroke in sorted({*zip(labels.tolist(), strokes.tolist(), strict=True)}):
-        canvas, middle = Image.new("L", (big, big)), (big / 2, big / 2)
-        ImageDraw.Draw(canvas).text(middle, str(digit), 255, font, "mm", stroke_width=stroke)
-        glyph = F.avg_pool2d(pil_to_tensor(canvas)[None].float(), 5, stride=1, padding=2)
-        mine = np.flatnonzero((labels == digit) & (strokes == stroke))
-        theta = torch.tensor(maps[:, :, mine], dtype=torch.float32).permute(2, 0, 1)
-        grid = F.affine_grid(theta, (len(mine), 1, size, size), align_corners=False)
-        glyphs = glyph.expand(len(mine), -1, -1, -1)
-        images[mine] = F.grid_sample(glyphs, grid, align_corners=False).round().byte()
-    return torch.from_numpy(images), torch.from_numpy(labels), list("0123456789")
+    maps = torch.from_numpy(maps.transpose(2, 0, 1)).float()  # (n, 2, 3)
+    images, font = torch.empty(n, 1, size, size, dtype=torch.uint8), ImageFont.load_default(big)
+    for digit in range(10):
+        for stroke in range(1 + size // 8):
+            canvas = Image.new("L", (big, big))
+            ImageDraw.Draw(canvas).text((big / 2, big / 2), str(digit), 255, font, "mm",
+                                        stroke_width=stroke)
+            glyph = F.avg_pool2d(pil_to_tensor(canvas)[None].float(), 5, stride=1, padding=2)
+            mine = np.flatnonzero((labels == digit) & (strokes == stroke))
+            grid = F.affine_grid(maps[mine], (len(mine), 1, size, size), align_corners=False)
+            glyphs = glyph.expand(len(mine), -1, -1, -1)
+            images[mine] = F.grid_sample(glyphs, grid, align_corners=False).round().byte()
+    return images, torch.from_numpy(labels), list("0123456789")
 
 
-def decode(file, size, bad):
-    """An image file's central square, upright, as RGB bytes in (3, size, size) order.
+def decode(file, size):
+    """An image file's central square, upright, as RGB bytes in (3, size, size) order; or an error.
 
-    What does not decode is added to the list `bad`, and has no bytes.
+    The error is returned, not raised, so that all files that do not decode can be named.
     """
     try:
         with Image.open(file) as image:
@@ -652,413 +643,334 @@ def decode(file, size, bad):
         white = Image.new("RGBA", image.size, "white")
         return pil_to_tensor(Image.alpha_composite(white, image))[:3].numpy().tobytes()
     except Exception as error:  # Pillow raises a dozen kinds
-        bad.append(f"{file}: {error}")
-        return b""
+        return UserError(f"{file}: {error}")
 
 
-def load_folder(folder, data_dir, size):
-    """All images below a folder.  Its subfolders are the classes; images beside them have none.
+def load_folder(folder, data_dir, size, classes=False):
+    """All images below a folder, decoded once into a file in data_dir that need not fit in memory.
 
-    They are decoded once, into a memory-mapped file in data_dir that need not fit in memory.
+    The subfolders are the classes, with `classes` at least two; images beside them have label K.
     """
-    root, classes, others = Path(os.path.realpath(folder)), {}, []
+    root, found, others, bad = Path(folder).absolute(), {}, Counter(), []
     for name in sorted(glob.glob("**/*", root_dir=root, recursive=True)):
-        path = root / name  # glob follows links and skips hidden names
-        above = Path(os.path.realpath(path.parent))  # a link to what it lies in is a circle
-        if not os.access(path, os.R_OK) or above.is_relative_to(os.path.realpath(path)):
-            raise ValueError(f"{path} is a broken link, a link in a circle, or not to be read")
-        if path.is_file() and path.suffix.lower() in IMAGES:
-            classes[path] = unicodedata.normalize("NFC", os.path.dirname(name)).split(os.sep)[0]
-        elif not path.is_dir() or not any(path.iterdir()):  # another file, an empty folder
-            others.append(path.suffix or name)
+        file = root / name  # glob follows links and skips hidden names
+        if not os.access(file, os.R_OK):
+            raise UserError(f"{file} is a broken link or not to be read")
+        if file.is_file() and file.suffix.lower() in IMAGES:
+            found[file] = name.split(os.sep)[0] if os.sep in name else ""
+        elif not file.is_dir():
+            others[file.suffix or name] += 1
     if others:
-        print(folder, "left out:", *(f"{n:,} {end}" for end, n in sorted(Counter(others).items())))
-    if not classes:
-        raise ValueError(f"{folder} is no folder with images, nor digits, {', '.join(TORCHVISION)}")
-    names = sorted({*classes.values()} - {""})
-    if {name.lower() for name in names} <= SPLITS and len(names) > 1:
-        raise ValueError(f"{folder} holds splits, not classes: name one, as {root / names[0]}")
-    index = {name: i for i, name in enumerate([*names, ""])}  # "": label K, no class
-    labels = torch.tensor([index[name] for name in classes.values()])
-    stats = [(f, f.stat()) for f in classes]
-    content = [size, *((str(f), s.st_size, s.st_mtime_ns, s.st_ctime_ns) for f, s in stats)]
-    key = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
-    cache, shape = Path(data_dir, f"{root.name[:40]}-{key}.raw"), (len(classes), 3, size, size)
+        print(folder, "left out:", *(f"{n:,} {end}" for end, n in sorted(others.items())))
+    if not found:
+        raise UserError(f"{folder} is no folder with images, nor digits, {', '.join(TORCHVISION)}")
+    names = sorted({*found.values()} - {""})
+    if len(names) > 1 and {name.lower() for name in names} <= SPLITS:
+        raise UserError(f"{folder} holds splits, not classes: name one, as {root / names[0]}")
+    if classes and len(names) < 2:
+        raise UserError(f"--classes needs two subfolders or more; {folder} has {names}")
+    index = {name: i for i, name in enumerate([*names, ""])}
+    labels = torch.tensor([index[name] for name in found.values()])
+
+    files, stats = [*found], [file.stat() for file in found]
+    content = [(s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in stats]
+    key = hashlib.sha256(repr([size, files, content]).encode()).hexdigest()[:16]
+    cache, shape = Path(data_dir, f"{root.name[:40]}-{key}.raw"), (len(files), 3, size, size)
     if not cache.is_file() or cache.stat().st_size != math.prod(shape):
-        bad = []
         with atomic(cache) as f, ThreadPoolExecutor() as pool:
-            for part in in_batches(len(stats), 256, "decoding"):
-                f.writelines(pool.map(lambda i: decode(stats[i][0], size, bad), part))
+            for part in in_batches(len(files), 256, "decoding"):
+                for image in pool.map(lambda i: decode(files[i], size), part):
+                    bad += [image] if isinstance(image, UserError) else []
+                    f.write(b"" if isinstance(image, UserError) else image)
             if bad:
-                raise ValueError(f"{len(bad)} files are no images: {'; '.join(sorted(bad))}")
-    images = torch.from_file(str(cache), size=math.prod(shape), dtype=torch.uint8).reshape(shape)
-    if all(torch.equal(part[:, :2], part[:, 1:]) for part in images.split(1000)):
-        images = images[:, :1]  # all grey
-    return images, labels, names
+                raise UserError(f"{len(bad)} files are no images: {'; '.join(map(str, bad))}")
+    warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+    images = torch.from_numpy(np.memmap(cache, np.uint8, "r", shape=shape))
+    grey = all(torch.equal(part[:, :2], part[:, 1:]) for part in images.split(1000))
+    return images[:, :1] if grey else images, labels, names
 
 
-def load_data(name, data_dir, size, test=False):
+def load_data(name, data_dir, size, test=False, classes=False):
     """The data of a --data argument, downloaded if need be; test: not the training split."""
     if name == "digits":
         return draw_digits(20_000, size, seed=int(test))
     if name not in TORCHVISION:
         if test:
-            raise ValueError(f"the folder {name} has no test split: name a folder instead")
-        return load_folder(name, data_dir, size)
+            raise UserError(f"the folder {name} has no test split: name a folder instead")
+        return load_folder(name, data_dir, size, classes)
     try:
         data = TORCHVISION[name](data_dir, train=not test, download=True)
     except (OSError, RuntimeError, AssertionError, ValueError) as error:
-        raise ValueError(f"{name} is not whole in {data_dir} nor downloaded ({error}): name "
-                         "its folder with --data-dir, or use --data digits") from None
-    if len(data.data) != len(data.targets):
-        raise ValueError(f"{name} in {data_dir}: {len(data.targets)} labels of {len(data.data)}")
+        raise UserError(f"{name} is not whole in {data_dir} nor downloaded ({error}): name "
+                        "its folder with --data-dir, or use --data digits") from None
     images = torch.as_tensor(data.data)
     images = images[:, None] if images.dim() == 3 else images.permute(0, 3, 1, 2)
     images = torch.cat([resize(part, [size, size]) for part in images.split(1000)])
     return images.contiguous(), torch.as_tensor(data.targets), data.classes
 
 
-def to_uint8(x):
-    """float in [-1, 1], clipped, to uint8: the inverse of to_float for all 256 levels."""
-    return (127.5 * x + 128).clamp(0, 255).to(torch.uint8)
-
-
-def picture_grid(images, columns):
-    """uint8 (N, C, H, W) as one Pillow image, small pixels enlarged."""
+def save_grid(images, columns, file):
+    """uint8 (N, C, H, W) as one PNG, small pixels enlarged."""
     grid = to_pil_image(torchvision.utils.make_grid(images, columns, padding=1, pad_value=128))
-    return ImageOps.scale(grid, max(1, 768 // grid.width), Image.NEAREST)
+    with atomic(Path(file)) as f:
+        ImageOps.scale(grid, max(1, 768 // grid.width), Image.NEAREST).save(f, "PNG")
 
 
 # §9  Training  (needs all above) ----------------------------------------------------------------
 
-TRAIN = dict(  # the flags of train, kept in a checkpoint; "": run_train chooses, None: train
-    data="digits", path="ot", classes=False, coupling="independent", time="logit-normal",
-    data_dir="data", size=16, width=32, mults=[1, 2, 2], blocks=1, attention=[], dropout=0.0,
-    label_drop=0.1, batch=32, optimizer="muon", lr=5e-3, warmup=50, steps=1000, ema=0.995,
-    flip=False, clip=1.0, seed=0, log_every=50, save_every=500, device="", amp="", compile=None,
-    out="", overwrite=False, resume=False)
-RECIPES = {  # what a data set changes in them
-    "digits": dict(size=16),
+RECIPES = {  # what a data set changes in the defaults of train
+    "digits": {},
     "mnist": dict(size=28, width=16, mults=[1, 2, 4], steps=4000),
     "fashion-mnist": dict(size=28, width=16, mults=[1, 2, 4], steps=4000, flip=True),
     "cifar10": dict(size=32, width=128, mults=[1, 2, 2, 2], blocks=2, attention=[16], dropout=0.1,
-                    time="uniform", optimizer="adamw", batch=128, lr=2e-4, warmup=5000,
-                    steps=400_000, ema=0.9999, flip=True, save_every=5000),
-    "folder": dict(size=32, width=64, blocks=2, attention=[8], time="uniform", optimizer="adamw",
-                   batch=64, lr=1e-3, warmup=200, steps=20_000, ema=0.999, save_every=1000),
+                    batch=128, lr=2e-4, warmup=5000, steps=400_000, ema=0.9999, flip=True,
+                    save_every=5000),
+    "folder": dict(size=32, width=64, mults=None, attention=None, blocks=2, batch=64, lr=1e-3,
+                   warmup=200, steps=20_000, ema=0.999, save_every=1000),
 }
-SAMPLE = dict(ckpt="", n=64, guidance=1.0, solver="midpoint", steps=20, tolerance=1e-5, seed=0,
-              batch=128, device="", amp="", compile=False)
-MAY_BE_0 = ("seed", "dropout", "label_drop", "warmup", "ema", "guidance", "attention")
-AT_MOST_1 = ("dropout", "label_drop", "ema", "tolerance")
 AMP = dict(bf16=torch.bfloat16, fp16=torch.float16)  # mixed precision: the type of matrix work
-
-
-def check_flags(flags):
-    """ValueError for "" or a number that is not above 0 (MAY_BE_0: or 0) or above 1 (AT_MOST_1)."""
-    for flag, value in flags.items():
-        low, high = 0 if flag in MAY_BE_0 else 1e-12, 1 if flag in AT_MOST_1 else 1e12
-        values = (value or [0]) if isinstance(value, list) else [value]  # "none" counts as 0
-        name = flag.replace("_", "-")
-        if value == "":
-            raise ValueError(f"--{name} is empty")
-        if not all(low <= x <= high for x in values if type(x) in (int, float)):
-            raise ValueError(f"--{name} {value} is not from {low:g} to {high:g}")
-
-
-class Muon(torch.optim.Optimizer):
-    """Momentum made orthogonal, for convolutions (K. Jordan, kellerjordan.github.io/posts/muon).
-
-    Of the momentum U S Vᵀ of a kernel, as a matrix, it steps by about U Vᵀ: weak directions learn
-    as fast as strong ones.  A group holds kernels of one shape, which step together.
-    """
-
-    @torch.no_grad()
-    def step(self):
-        for kernels, lr in ((group["params"], group["lr"]) for group in self.param_groups):
-            G = torch.stack([kernel.grad for kernel in kernels]).flatten(2)  # (n, c_out, k² c_in)
-            state = self.state[kernels[0]]  # of the whole group
-            momentum = state.setdefault("momentum", torch.zeros_like(G))
-            X = G.lerp(momentum.lerp_(G, 0.1), 0.9)  # Nesterov's look ahead
-            X = X / (X.norm(dim=(1, 2), keepdim=True) + 1e-12)
-            for _ in range(3):  # Newton-Schulz: singular values above 0.02 come to 0.68..1.21
-                A = X @ X.mT
-                X = 3.4445 * X + (2.0315 * A @ A - 4.7750 * A) @ X
-            X = lr * 0.2 * max(X.shape[1:]) ** 0.5 * X  # AdamW's RMS is 0.2: arXiv 2502.16982
-            torch._foreach_sub_(kernels, list(X.view(-1, *kernels[0].shape)))
-
-
-def draw_batch(images, labels, config, step, device):
-    """The batch of a step, over all ranks: x_1, y, x_0, t.  A pure function of (seed, step)."""
-    torch.manual_seed(hash((config.seed, step)))
-    B, K = config.batch, len(config.names)
-    index = torch.randint(len(images), (B,), device=images.device)
-    x_1, y = to_float(images[index].to(device)), labels[index].to(device)
-    if config.flip:
-        x_1 = torch.where(torch.rand(B, 1, 1, 1, device=device) < 0.5, x_1.flip(3), x_1)
-    x_0 = torch.randn(x_1.shape, device=device)
-    if config.coupling == "ot":
-        x_0 = ot_coupling(x_0, x_1, y if K else None)
-    if K:  # label K is "no label", for guidance
-        y = torch.where(torch.rand(B, device=device) < config.label_drop, K, y)
-    t = torch.rand(B, device=device)
-    if config.time == "logit-normal":  # rarer near 0 and 1, where there is less to learn
-        t = torch.randn(B, device=device).sigmoid()
-    return x_1, y, x_0, t
-
-
-def build(config, device, checkpoint=None):
-    """A config's model, ema, optimizers and scaler by name, in the state that a checkpoint kept."""
-    torch.manual_seed(config.seed)
-    layout = torch.contiguous_format if device == "mps" else torch.channels_last
-    model, groups = Velocity(config).to(device, memory_format=layout), {}
-    for p in model.parameters():
-        hidden = config.optimizer == "muon" and p.dim() == 4 and min(p.shape[:2]) >= 16
-        groups.setdefault(p.shape if hidden else "others", []).append(p)
-    parts = dict(model=model, ema=copy.deepcopy(model).eval().requires_grad_(False),
-                 adamw=torch.optim.AdamW(groups.pop("others"), lr=0.0, weight_decay=0, fused=True),
-                 scaler=torch.amp.GradScaler(device, enabled=config.amp == "fp16"))
-    if groups:  # train_step sets both rates
-        parts["muon"] = Muon([dict(params=group) for group in groups.values()], dict(lr=0.0))
-    for name, part in parts.items():
-        if checkpoint and (name != "scaler" or checkpoint[name]):  # {} unless the run was in fp16
-            part.load_state_dict(checkpoint[name])
-    return parts
-
-
-def load(file, device="cpu"):
-    """The dict that save() wrote, and its velocity with EMA weights; ValueError if damaged."""
-    if not Path(file).is_file():
-        raise ValueError(f"there is no checkpoint {file}: train first, or name another")
-    try:
-        if damaged := zipfile.ZipFile(file).testzip():  # torch.load does not check the sums
-            raise ValueError(f"damaged at {damaged}")
-        checkpoint = dict(torch.load(file, map_location="cpu", weights_only=True))  # runs no code
-        flags = checkpoint["config"] | dict(steps=checkpoint["step"])  # a step is checked as steps
-        check_flags({k: flags[k] for k in TRAIN if flags[k] != ""})
-        alike = all(type(flags[k]) is type(v) for k, v in TRAIN.items() if k != "compile")
-        if not alike or flags["path"] not in PATHS or type(checkpoint["log"]) is not list:
-            raise ValueError("flags, a path or a log of another kind")
-        ema = build(argparse.Namespace(**checkpoint["config"]), device, checkpoint)["ema"]
-        if not all(p.isfinite().all() for p in ema.parameters()):
-            raise ValueError("weights are not finite")
-    except Exception as error:  # torch, and a foreign dict, raise a dozen kinds
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:150]
-        raise ValueError(f"{file} is no whole checkpoint of this version ({reason})") from None
-    return checkpoint, ema
-
-
-def make_images(velocity, args, nfes, label=""):
-    """Images of the noises 0..n − 1 of a seed: yields uint8 batches, adds the NFE of each to nfes.
-
-    args: all of SAMPLE.  With classes, image i is of `label`, or of class i mod K.
-    """
-    config, names, device = velocity.config, velocity.config.names, args.device
-    if label not in ["", *names]:
-        raise ValueError(f"--label {label}: this model, of --classes, knows {names}")
-    if args.guidance != 1 and not (names and config.label_drop):
-        raise ValueError("--guidance needs a model trained with --classes and a --label-drop")
-    classes = [names.index(label)] if label else range(len(names))
-    if args.compile:
-        velocity = compiled(velocity, device)
-    for part in in_batches(args.n, args.batch, "images"):
-        noise = draw_noise(args.seed, part, (config.channels, config.size, config.size))
-        y = torch.tensor([classes[i % len(classes)] for i in part]).to(device) if names else None
-        with torch.autocast(device, AMP.get(args.amp), enabled=args.amp in AMP):
-            x, nfe = sample(guided(velocity, y, args.guidance), noise.to(device),
-                            PATHS[config.path], solver=args.solver, steps=args.steps,
-                            tolerance=args.tolerance)
-        nfes += [nfe * (1 if args.guidance == 1 else 2)] * len(part)
-        yield to_uint8(x).cpu()
-
-
-def save(config, step, parts, log, grid):
-    """In config.out: a grid of samples of the EMA weights, if one is due, then the checkpoint."""
-    if grid:  # first: odeint raises for weights that are not finite, and they are not saved
-        args = argparse.Namespace(**SAMPLE | dict(device=config.device))
-        with contextlib.redirect_stdout(io.StringIO()):
-            images = torch.cat([*make_images(parts["ema"], args, [])])
-        with atomic(Path(config.out, f"step-{step:06d}.png")) as f:
-            picture_grid(images, 8).save(f, "PNG")
-    checkpoint = {name: part.state_dict() for name, part in parts.items()}
-    with atomic(Path(config.out, "checkpoint.pt")) as f:
-        try:
-            torch.save(checkpoint | dict(step=step, config=vars(config), log=log), f)
-        except RuntimeError as error:  # what torch makes of a full disk
-            raise OSError(error) from None
-
-
-def compiled(model, device):
-    """The model through torch.compile, if that works here; else as it is, and a line says why."""
-    try:
-        torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
-        return torch.compile(model)
-    except Exception as error:  # no compiler, no Python.h, no Triton, ...
-        print("not compiled:", " ".join(f"{type(error).__name__}: {error}".split())[:150])
-        return model
+FIXED = ["path", "classes", "size", "width", "mults", "blocks", "attention"]  # of a run, for good
 
 
 def start_ranks(device):
-    """rank, number of ranks, device; under torchrun a process drives a GPU, or shares the CPU."""
+    """Rank, number of ranks, rank on this machine: of torchrun; 0, 1, 0 without it."""
     if "RANK" not in os.environ:
-        return 0, 1, torch.device(device)
-    backend, gpu = "gloo", None
-    if device == "cuda":
-        backend, gpu = "cpu:gloo,cuda:nccl", torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        return 0, 1, 0
+    gpu = device if device.type == "cuda" else None
+    if gpu:
         torch.cuda.set_device(gpu)
-    dist.init_process_group(backend, timeout=timedelta(hours=2), device_id=gpu)  # one may decode
+    dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", device_id=gpu,
+                            timeout=timedelta(hours=2))  # one rank may decode
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")  # rank 0 speaks
-    return dist.get_rank(), dist.get_world_size(), gpu or torch.device(device)
+    return dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0))
 
 
-def train_step(model, parts, step, batch):
-    """One step of the optimizers and of the EMA: the loss, the gradient's norm before clipping."""
-    velocity, scaler, config = parts["model"], parts["scaler"], parts["model"].config
-    x_1, y, x_0, t = batch
+def build(config):
+    """The network of a training's flags and of what it found in its data, initialised at random."""
+    net = UNet(config.channels, config.size, config.width, config.mults, config.blocks,
+               config.attention, config.dropout, len(config.names))
+    velocity = net if config.path == "ot" else Velocity(net, PATHS[config.path], config.data_rms)
+    velocity.config = config
+    return velocity
+
+
+def draw_batch(images, labels, config, step, device, rank=0, world=1):
+    """A rank's share of the batch of a step: x_1, y, x_0, t.
+
+    The whole batch depends on (seed, step) alone, by which torch's generators are seeded anew.
+    """
+    torch.manual_seed(hash((config.seed, step)))
+    B, K = config.batch, len(config.names)
+    index = torch.randint(len(images), (B,), device=images.device)
+    x_0 = torch.randn(B, *images.shape[1:], device=device)
+    mirrored, unlabelled, t = torch.rand(3, B, device=device)
+    if config.time == "logit-normal":  # rarer near 0 and 1, where there is less to learn
+        t = torch.randn(B, device=device).sigmoid()
+    mine = slice(rank * B // world, (rank + 1) * B // world)
+    read = slice(B) if config.coupling == "ot" else mine  # a coupling needs all images
+
+    x_1, y = to_float(images[index[read]].to(device)), labels[index[read]].to(device)
+    if config.flip:
+        x_1 = torch.where(mirrored[read, None, None, None] < 0.5, x_1.flip(3), x_1)
+    if config.coupling == "ot":
+        x_0 = ot_coupling(x_0, x_1, y if K else None)
+        x_1, y = x_1[mine], y[mine]
+    if K:  # label K is "no label", for guidance; as often as in its paper
+        y = torch.where(unlabelled[mine] < 0.1, K, y)
+    return x_1, y, x_0[mine], t[mine]
+
+
+def read_checkpoint(file):
+    """The dict that save() wrote; UserError if it is damaged, foreign or not there."""
+    if not file.is_file():
+        raise UserError(f"there is no checkpoint {file}: train without --resume, or name another")
+    try:
+        if damaged := zipfile.ZipFile(file).testzip():  # torch.load does not check the sums
+            raise ValueError(f"damaged at {damaged}")
+        checkpoint = torch.load(file, map_location="cpu", weights_only=True)  # runs no code
+        if not {"path", "names", "data_rms"} <= checkpoint["config"].keys():
+            raise ValueError("no config of a training")
+        if not all(p.isfinite().all() for p in checkpoint["ema"].values()):
+            raise ValueError("weights are not finite")
+        return checkpoint
+    except Exception as error:  # torch, and a foreign dict, raise a dozen kinds
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:150]
+        raise UserError(f"{file} is no whole checkpoint of this version ({reason})") from None
+
+
+def load(file, device="cpu"):
+    """The averaged (EMA) network of a checkpoint; its .config holds the flags it was trained by."""
+    checkpoint = read_checkpoint(Path(file))
+    velocity = build(argparse.Namespace(**checkpoint["config"], step=checkpoint["step"]))
+    try:
+        velocity.load_state_dict(checkpoint["ema"])
+    except RuntimeError as error:
+        raise UserError(f"{file} is of another network ({str(error)[:150]})") from None
+    return velocity.to(device).eval().requires_grad_(False)
+
+
+def make_images(velocity, parts, args, label=None):
+    """Images of the noises numbered in parts: yields uint8 (B, C, H, W) on the CPU, and the NFE.
+
+    With classes, image i is of `label`, or of class i mod K.  args: seed, guidance, amp, solver,
+    steps and tolerance.
+    """
+    config, device = velocity.config, next(velocity.parameters()).device
+    names, v = config.names, velocity
+    for part in parts:
+        noise = draw_noise(args.seed, part, (config.channels, config.size, config.size))
+        if names:
+            y = [names.index(label) if label else i % len(names) for i in part]
+            v = guided(velocity, torch.tensor(y, device=device), args.guidance)
+        with torch.autocast(device.type, AMP.get(args.amp), enabled=args.amp in AMP):
+            x, nfe = sample(v, noise.to(device), PATHS[config.path], solver=args.solver,
+                            steps=args.steps, tolerance=args.tolerance)
+        yield to_uint8(x).cpu(), nfe if args.guidance == 1 else 2 * nfe
+
+
+def save(state, step, log, grid):
+    """Into the run's folder: a grid of samples of the averaged weights, if due; the checkpoint."""
+    ema = state["ema"]
+    config, out = ema.config, Path(ema.config.out)
+    if not all(p.isfinite().all() for p in ema.parameters()):
+        raise UserError(f"the weights of step {step} are not finite: try a lower --lr")
+    if grid:
+        args = argparse.Namespace(seed=0, guidance=1, amp=config.amp, solver="midpoint", steps=20,
+                                  tolerance=1e-5)
+        parts = [range(64)[i : i + config.batch] for i in range(0, 64, config.batch)]
+        images = torch.cat([images for images, _ in make_images(ema, parts, args)])
+        save_grid(images, 8, out / f"step-{step:06d}.png")
+    kept, buffer = {name: part.state_dict() for name, part in state.items()}, io.BytesIO()
+    torch.save(kept | dict(step=step, config=vars(config), log=log), buffer)
+    with atomic(out / "checkpoint.pt") as f:
+        f.write(buffer.getbuffer())
+
+
+def train_step(model, state, step, batch):
+    """One step of Adam and of the average of the weights; returns the loss."""
+    velocity, ema, optimizer, scaler = state.values()
+    config, (x_1, y, x_0, t) = velocity.config, batch
     with torch.autocast(t.device.type, AMP.get(config.amp), enabled=config.amp in AMP):
-        _, _, c_out = velocity.scales(t)
-        v = functools.partial(model, y=y)
-        loss = cfm_loss(v, PATHS[config.path], x_1, x_0, t, weight=c_out**-2)
-    scaler.scale(loss).backward()
-    optimizers = [parts[name] for name in ("adamw", "muon") if name in parts]
+        weight = velocity.weight(t) if config.path != "ot" else 1.0
+        loss = cfm_loss(lambda x, t: model(x, t, y), PATHS[config.path], x_1, x_0, t, weight)
     warm_up = min(1, step / max(1, config.warmup))
     decay = 1 - (step - 1) / config.steps  # linear; 0 would be the step after the last
-    for optimizer in optimizers:
-        scaler.unscale_(optimizer)  # before clipping
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * warm_up * decay
-    norm = nn.utils.clip_grad_norm_(velocity.parameters(), config.clip)
-    if not scaler.is_enabled() or norm.isfinite():  # fp16 skips an overflow
-        for optimizer in optimizers:
-            optimizer.step()
+    optimizer.param_groups[0]["lr"] = config.lr * warm_up * decay
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.unscale_(optimizer)  # before clipping
+    nn.utils.clip_grad_norm_(velocity.parameters(), config.clip)
+    scaler.step(optimizer)
     scaler.update()
-    velocity.zero_grad()
     keep = min(config.ema, (1 + step) / (10 + step))  # soon forgets the initial weights
     with torch.no_grad():
-        torch._foreach_lerp_([*parts["ema"].parameters()], [*velocity.parameters()], 1 - keep)
-    return torch.stack([loss.detach(), norm])
+        torch._foreach_lerp_([*ema.parameters()], [*velocity.parameters()], 1 - keep)
+    return loss.detach()
 
 
-def train(config, checkpoint, stops):
-    """Train by a config, all of TRAIN; fills config.out with checkpoint.pt, log.jsonl and grids.
+def note_signals():
+    """The list to which SIGINT and SIGTERM will be added; each ends the program when it recurs."""
+    noted = []
 
-    Resumed from what load() read, a CPU's run is bit for bit the unbroken one.  stops: a list;
-    once a signal is in it, the run ends with a checkpoint.  Returns the last step.
+    def note(number, _):
+        noted.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+    return noted
+
+
+def train(config, checkpoint=None):
+    """Train by the flags of train; fills config.out with checkpoint.pt, log.jsonl and grids.
+
+    Resumed from a checkpoint, a CPU's run is bit for bit the unbroken one.  Returns 0, or the
+    signal that stopped it after a checkpoint.
     """
-    rank, world, device = start_ranks(config.device)
-    first = world == 1 or os.environ["LOCAL_RANK"] == "0"  # of its machine: the others wait
-    if not first:
+    device, out = torch.device(config.device), Path(config.out)
+    rank, world, local = start_ranks(device)
+    if local > 0:  # the first rank of a machine downloads or decodes, the others wait
         dist.barrier()
-    images, labels, names = load_data(config.data, config.data_dir, config.size)
-    if first and world > 1:
+    images, labels, names = load_data(config.data, config.data_dir, config.size,
+                                      classes=config.classes)
+    if local == 0 and world > 1:
         dist.barrier()
-    if config.batch % world or config.classes and len(names) < 2:
-        raise ValueError(f"--batch must be divisible by the {world} ranks, and --classes needs "
-                         f"class subfolders: {config.data} has {len(names)}")
-    rms = to_float(images[:: 1 + len(images) // 1000]).square().mean().sqrt().item()
     found = dict(channels=images.shape[1], names=names if config.classes else [])
-    config = argparse.Namespace(**found | dict(data_rms=rms) | vars(config))  # a checkpoint's win
-    if not found.items() <= vars(config).items():
-        raise ValueError(f"{config.data} has other channels or classes than {config.out}")
+    if not checkpoint:
+        rms = to_float(images[:: 1 + len(images) // 1000]).square().mean().sqrt().item()
+        vars(config).update(found, data_rms=rms)
+    elif not found.items() <= vars(config).items():
+        raise UserError(f"{config.data} has other channels or classes than {out}")
     if device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info(device)[1] / 4:
         images, labels = images.to(device), labels.to(device)
 
-    parts = build(config, device.type, checkpoint)
-    velocity = parts["model"]  # it is saved and averaged without the wrappers that follow
-    model = nn.parallel.DistributedDataParallel(velocity) if world > 1 else velocity
-    long = device.type == "cuda" and config.steps >= 5000  # compiling takes a minute
-    if config.compile or (config.compile is None and long):
-        model = compiled(model, device)
-    torch.backends.cudnn.benchmark = True  # shapes are fixed
+    torch.manual_seed(config.seed)
+    layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
+    velocity = build(config).to(device, memory_format=layout)
+    state = dict(model=velocity, ema=copy.deepcopy(velocity).eval().requires_grad_(False),
+                 optimizer=torch.optim.Adam(velocity.parameters(), fused=True),
+                 scaler=torch.amp.GradScaler(device.type, enabled=config.amp == "fp16"))
     start, log = (checkpoint["step"], checkpoint["log"]) if checkpoint else (0, [])
-    out = Path(config.out)
-    out.mkdir(parents=True, exist_ok=True)
-    if config.overwrite and not checkpoint and rank == 0:
-        for file in [*out.glob("step-[0-9]*.png"), *out.glob("checkpoint.pt")]:
-            file.unlink()
-    logged = open(os.devnull if rank else out / "log.jsonl", "w", buffering=1)
-    logged.writelines(json.dumps(row) + "\n" for row in log)  # anew, from the checkpoint
-    print(f"{config.data}: {len(images):,} images of {(*images.shape[1:],)}, {len(names)} classes",
-          *names[:5], f"\n{sum(p.numel() for p in velocity.parameters()):,} parameters, path "
-          f"{config.path}, amp {config.amp}, {world} x {device} with {config.batch // world} images"
-          f" each; {config.steps:,} steps into {out}/")
+    for name, part in state.items():
+        if checkpoint and checkpoint[name]:  # {}: the scaler was off
+            part.load_state_dict(checkpoint[name])
+    model = nn.parallel.DistributedDataParallel(velocity) if world > 1 else velocity
+    model = torch.compile(model) if config.compile else model  # saved and averaged as it is
+    torch.backends.cudnn.benchmark = True  # shapes are fixed
+    with own_files():
+        out.mkdir(parents=True, exist_ok=True)
+        if config.overwrite and rank == 0:
+            for file in [*out.glob("step-[0-9]*.png"), *out.glob("checkpoint.pt")]:
+                file.unlink()
+        logged = open(os.devnull if rank else out / "log.jsonl", "w", buffering=1)
+        logged.writelines(json.dumps(row) + "\n" for row in log)  # anew, from the checkpoint
+    print(f"{config.data}: {len(images):,} images of {(*images.shape[1:],)}, classes {names[:5]}\n"
+          f"{sum(p.numel() for p in velocity.parameters()):,} parameters, path {config.path}, amp "
+          f"{config.amp}, {world} x {device}, {config.steps:,} steps of {config.batch} into {out}/")
 
-    since, seen = time.perf_counter(), []
+    stops, since, losses = note_signals(), time.perf_counter(), []
     for step in range(start + 1, config.steps + 1):  # fp16, coupling and logs wait for the GPU
-        batch = draw_batch(images, labels, config, step, device)
+        batch = draw_batch(images, labels, config, step, device, rank, world)
         torch.manual_seed(hash((config.seed, step, rank)))  # dropout differs between ranks
-        mine = [part.chunk(world)[rank] for part in batch]
-        seen.append(train_step(model, parts, step, mine))
-
+        losses.append(train_step(model, state, step, batch))
         stopping = torch.tensor(len(stops))
         if world > 1:  # ranks leave together
             dist.all_reduce(stopping)
         saving = stopping > 0 or step % config.save_every == 0 or step == config.steps
-        if not saving and step % config.log_every:
-            continue
-        losses, norms = torch.stack(seen, 1)
-        finite = norms.isfinite().tolist()
-        if not all(finite) and parts["scaler"].get_scale() <= 1:  # 1: off, or often halved
-            bad = step - len(seen) + 1 + finite.index(False)
-            raise FloatingPointError(f"the gradient of step {bad} is not finite; the last "
-                                     "checkpoint is kept: try a lower --lr")
-        loss = losses.mean() / world
-        if world > 1:
-            dist.all_reduce(loss)
-        rate = len(seen) / (time.perf_counter() - since)
-        left = timedelta(seconds=int((config.steps - step) / rate))
-        log.append(dict(step=step, loss=loss.item(), images_per_second=config.batch * rate))
-        print(json.dumps(log[-1]), file=logged)
-        try:
+
+        if saving or step % config.log_every == 0:
+            loss = torch.stack(losses).mean() / world
+            if world > 1:
+                dist.all_reduce(loss)
+            if not loss.isfinite():
+                raise UserError(f"the loss of steps {step - len(losses) + 1} to {step} is not "
+                                "finite; the last checkpoint is kept: try a lower --lr")
+            rate = len(losses) / (time.perf_counter() - since)
+            left = timedelta(seconds=int((config.steps - step) / rate))
+            log.append(dict(step=step, loss=loss.item(), images_per_second=config.batch * rate))
+            with own_files():
+                print(json.dumps(log[-1]), file=logged)
             print(f"step {step:,}/{config.steps:,}  {config.batch * rate:,.0f} images/s  "
                   f"{left} left  loss {loss:.4f}", flush=True)
-        except OSError:  # nobody reads what is printed: stop after the next step
-            stops.append(signal.SIGTERM)
+            since, losses = time.perf_counter(), []
+
         if saving and rank == 0:
-            save(config, step, parts, log, grid=not stopping)
+            save(state, step, log, grid=not stopping)
+            since = time.perf_counter()
         if stopping:
             break
-        since, seen = time.perf_counter(), []
     if world > 1:
         dist.barrier()  # destroyed in the middle of an all-reduce, gloo can wait for ever
         dist.destroy_process_group()
-    return step
+    return (stops or [signal.SIGTERM])[0] if step < config.steps else 0
 
 
 # §10  The theory, drawn: the exact field of Eq. 8 in the plane, without a network  (needs all) ---
 
 
-def measure_paths(means, tau, particles=1000, seed=0):
-    """How well few evaluations follow the exact field: {(path, solver, NFE): (landed, error)}.
-
-    landed: share of particles within 3τ of a mean; error: mean squared, against 1000 rk4 steps.
-    """
-    noise, table = draw_noise(seed, range(particles), (2,)), {}
-    for name, path in PATHS.items():
-        v = functools.partial(marginal_velocity, path, means=means, tau=tau)
-        exact, _ = sample(v, noise, path, solver="rk4", steps=1000)
-        for solver, calls in (("euler", 1), ("midpoint", 2), ("rk4", 4)):
-            for nfe in (8, 12, 20, 40, 60, 100):
-                x, _ = sample(v, noise, path, solver=solver, steps=nfe // calls)
-                landed = (torch.cdist(x, means).amin(1) < 3 * tau).float().mean().item()
-                table[name, solver, nfe] = landed, (x - exact).square().mean().item()
-    return table
-
-
-def evaluations_ratio(table, solver="euler"):
-    """Evaluations that ot needs over those of vp at equal error: geometric mean, log-log."""
-    curves = {path: sorted((math.log(error), math.log(nfe))  # by rising error
-                           for (name, by, nfe), (_, error) in table.items()
-                           if name == path and by == solver) for path in ("ot", "vp")}
-    ot_error, ot_nfe = np.transpose(curves["ot"])
-    vp_error, vp_nfe = np.transpose(curves["vp"])
-    overlap = (ot_error[0] <= vp_error) & (vp_error <= ot_error[-1])
-    return math.exp(np.mean((np.interp(vp_error, ot_error, ot_nfe) - vp_nfe)[overlap]))
-
-
 def draw_paths(means, tau, seed=0):
-    """A picture.  Rows: paths.  Columns: times; 400 particles, and how 24 of them came there."""
+    """Panels, 5 a path, of later times: 400 particles, and how 24 of them came there; uint8."""
     noise, font, panels = draw_noise(seed, range(400), (2,)), ImageFont.load_default(34), []
     for name, path in PATHS.items():
         v = functools.partial(marginal_velocity, path, means=means, tau=tau)
@@ -1076,331 +988,341 @@ def draw_paths(means, tau, seed=0):
                 draw.circle(dot, 3, "#202020")
             draw.text((12, 8), f"{name}, t = {i / 100:g}, axes to ±{half:.3g}", "black", font)
             panels.append(pil_to_tensor(board.reduce(2)))
-    return picture_grid(torch.stack(panels), 5)
+    return torch.stack(panels)
 
 
-# §11  Command line ------------------------------------------------------------------------------
-
-# A line a flag: "a | b | text" has the choices a and b; text says what it means.
-HELP = f"""
-amp        bf16 | fp16 | off | mixed precision; default: by device, off for dopri5
-attention  heights of maps to attend at, as 16,8; or none
-batch      images at a time; of train: per step, over all ranks
-blocks     residual blocks per level
-ckpt       checkpoint; default: the newest runs/*/checkpoint.pt
-classes    learn to make images of a given class
-clip       largest norm of the gradient
-compile    torch.compile; default of train: on CUDA from 5000 steps
-coupling   independent | ot | ot: minibatch optimal transport
-data       digits, {', '.join(TORCHVISION)}, or a folder of images
-data_dir   of downloads and decoded images; default of fid, nll: as in training
-device     cuda | mps | cpu | default: the fastest here
-dropout    share of activations dropped
-ema        decay per step of the averaged weights
-exact      exact divergence, not Hutchinson's estimate
-features   inception | pixels | FID is inception's
-flip       mirror images at random
-guidance   scale, classifier-free; 1 is none
-inception  file of its weights; default: downloaded
-k          draws of dequantisation noise per image; the paper: 50
-label      class to make; default: all in turn
-label_drop share of samples trained without their label
-log_every  steps between log lines
-lr         peak learning rate
-mults      multiples of the width, one per level
-n          images; FIDs of papers rest on 50000
-optimizer  muon | adamw | muon: for hidden kernels, AdamW elsewhere
-out        folder or NAME.png; default: runs/DATA-PATH, samples.png beside --ckpt
-overwrite  replace what --out names
-path       {' | '.join(PATHS)} | probability path
-reference  train or test split, another data set or a folder
-results    JSON lines; default: results.jsonl beside --ckpt
-resume     go on with --out, or the newest run
-save_every steps between checkpoints and grids of samples
-seed       of everything random
-size       height and width of the images, pixels
-solver     {' | '.join(SOLVERS)} | 1, 2, 4 calls a step; dopri5 adapts
-steps      of training, or of the solver (fid: as 5,10,20)
-time       logit-normal | uniform | density of t; the paper: uniform
-tolerance  of dopri5, relative and absolute
-warmup     steps of linear warm-up
-width      channels at full resolution, a multiple of 4
-"""
-MAY_CHANGE = {"steps", "data", "data_dir", "log_every", "save_every", "device", "amp", "compile",
-              "out", "resume", "overwrite"}  # in a run that goes on
+# §11  Command line: a flag is a row, the arguments of argparse's add_argument -------------------
 
 
-def check_free(out, overwrite):
-    """ValueError for a folder NAME.png and, unless overwrite, for what exists and is not empty."""
-    if out.suffix.lower() == ".png" and out.is_dir():
-        raise ValueError(f"{out} is a folder: name a file")
-    if not overwrite and (out.is_file() or any(out.glob("*"))):
-        raise ValueError(f"{out} exists: try --overwrite, or train --resume")
+def number(kind, low, high=10**9):
+    """The type of a flag: an int or a float from low to high."""
+    def number(text):  # argparse names it where kind raises ValueError
+        if not low <= kind(text) <= high:
+            raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
+        return kind(text)
+    return number
 
 
-def look_around(name):
-    """The named or the fastest device, its mixed precision, and the newest checkpoint."""
-    here = dict(cuda=torch.cuda.is_available(), mps=torch.backends.mps.is_available(), cpu=True)
-    name, amp = name or next(k for k in here if here[k]), "off"  # bf16 is mostly slower on a CPU
+def integers(text):
+    """The type of a flag: "1,2,2" is [1, 2, 2], "none" is []."""
+    return [] if text == "none" else [count(part) for part in text.split(",")]
+
+
+count, natural, share = number(int, 1), number(int, 0), number(float, 0, 1)
+small, positive = number(int, 1, 4096), number(float, 1e-12)
+switch = argparse.BooleanOptionalAction
+
+COMMON = {
+    "--seed": dict(type=natural, default=0, help="of everything random"),
+    "--device": dict(help="cuda, cuda:1, mps or cpu; default: the fastest here"),
+    "--amp": dict(choices=[*AMP, "off"], help="mixed precision; default: on CUDA, not for dopri5")}
+OUT = {
+    "--compile": dict(action="store_true", help="torch.compile the network"),
+    "--overwrite": dict(action="store_true", help="replace what --out names")}
+TRAIN = {
+    "--data": dict(help=f"digits (default), {', '.join(TORCHVISION)} or a folder of images; the "
+                   "defaults of other flags follow it: train --data cifar10 --help"),
+    "--data-dir": dict(default="data", help="of downloads and decoded images"),
+    "--path": dict(choices=PATHS, help="probability path; default: ot"),
+    "--classes": dict(action="store_true", help="learn to make images of a given class"),
+    "--coupling": dict(choices=["independent", "ot"], default="independent",
+                       help="ot: minibatch optimal transport, solved on each rank"),
+    "--time": dict(choices=["uniform", "logit-normal"], default="uniform", help="density of t"),
+    "--flip": dict(action=switch, help="mirror images at random; default: no"),
+    "--size": dict(type=small, default=16, help="height and width of the images, pixels"),
+    "--width": dict(type=small, default=32, help="channels at full resolution"),
+    "--mults": dict(type=integers, default="1,2,2", help="multiples of it, one per level"),
+    "--blocks": dict(type=count, default=1, help="residual blocks per level"),
+    "--attention": dict(type=integers, default="none", help="heights of maps to attend at, 16,8"),
+    "--dropout": dict(type=share, default=0.0, help="share of activations dropped"),
+    "--batch": dict(type=count, default=32, help="images per step, over all ranks"),
+    "--lr": dict(type=positive, default=2e-3, help="peak learning rate of Adam"),
+    "--warmup": dict(type=natural, default=50, help="steps in which the rate rises"),
+    "--steps": dict(type=count, default=1000, help="of Adam; the rate falls to 0 at the last"),
+    "--ema": dict(type=share, default=0.995, help="decay per step of the averaged weights"),
+    "--clip": dict(type=positive, default=1.0, help="largest norm of the gradient"),
+    "--log-every": dict(type=count, default=50, help="steps between log lines"),
+    "--save-every": dict(type=count, default=500, help="steps between checkpoints and grids"),
+    "--out": dict(help="folder of the run; default: runs/DATA-PATH"),
+    "--resume": dict(action="store_true", help="go on with the run in --out, or the newest")}
+MODEL = {
+    "--ckpt": dict(help="checkpoint, or the folder of its run; default: the newest in runs/"),
+    "--n": dict(type=count, default=64, help="images"),
+    "--batch": dict(type=count, default=128, help="images at a time"),
+    "--solver": dict(choices=SOLVERS, default="midpoint", help="1, 2, 4 calls a step, or adaptive"),
+    "--steps": dict(type=count, help="of the solver; default: 20"),
+    "--tolerance": dict(type=share, default=1e-5, help="of dopri5, relative and absolute")}
+GUIDANCE = {"--guidance": dict(type=number(float, 0), default=1.0, help="scale; 1 is none")}
+REFERENCE = {
+    "--reference": dict(help="train or test split, a data set or a folder; default: test for nll"),
+    "--data-dir": dict(help="of downloads and decoded images; default: as in training")}
+SAMPLE = {
+    "--label": dict(help="class to make; default: all in turn"),
+    "--out": dict(help="NAME.png or a folder; default: samples.png beside the checkpoint")}
+FID = {
+    "--steps": dict(type=integers, help="of the solver, one number or several, 5,10; default: 20"),
+    "--features": dict(choices=["inception", "pixels"], default="inception", help="of images"),
+    "--inception": dict(help="file of its weights; default: downloaded")}
+NLL = {
+    "--k": dict(type=count, default=1, help="draws of dequantisation noise; the paper: 50"),
+    "--exact": dict(action="store_true", help="exact divergence, not Hutchinson's estimate")}
+
+
+def check_out(out, overwrite, mine=()):
+    """UserError unless out can be written, and is new or holds only files named as `mine`."""
+    if os.path.lexists(out) and not (out.is_dir() or out.is_file()):
+        raise UserError(f"{out} is a device or a broken link: name another place")
+    there = [*out.iterdir()] if out.is_dir() else [out] if out.is_file() else []
+    if not overwrite and not all(any(file.match(name) for name in mine) for file in there):
+        raise UserError(f"{out} exists: try --overwrite, or train --resume")
+    above = next(folder for folder in out.absolute().parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK):
+        raise UserError(f"{out} can't be written: {above} is no folder to write in")
+
+
+def newest(name):
+    """The newest file of that name in a run of runs/; its pattern where there is none."""
+    return max(Path("runs").glob(f"*/{name}"), key=os.path.getmtime, default=Path("runs/*", name))
+
+
+def choose_device(args):
+    """Fills in args.device, the fastest here unless named, and args.amp, by what that can do."""
+    name = args.device or "cpu"
+    if not args.device and torch.accelerator.is_available():
+        name = torch.accelerator.current_accelerator().type
+    if name == "cuda" and "RANK" in os.environ:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     try:
-        own = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name == "cuda" else name
-        torch.ones(1, device=own).add(1).item()
+        torch.ones(1, device=name)
     except (RuntimeError, AssertionError) as error:  # none, or one that torch was not built for
-        raise ValueError(f"no {name} works here ({error}): use --device cpu") from None
-    if name == "cuda":
-        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    files = Path("runs").glob("*/checkpoint.pt")  # if there is none, load() says so
-    return name, amp, max(files, key=os.path.getmtime, default=Path("runs/*/checkpoint.pt"))
+        raise UserError(f"no {name} works here ({error}): use --device cpu") from None
+    args.device = name
+    if args.amp is None and "cuda" in name and args.solver != "dopri5":
+        args.amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    args.amp = args.amp or "off"  # dopri5 would take rounding for its error; CPUs are slower so
 
 
-@contextlib.contextmanager
-def stop_signals():
-    """The list of the stop signals that came.  One that comes again acts as ever."""
-    caught, before = [], {}
-
-    def note(number, _):
-        caught.append(number)
-        signal.signal(number, before[number])
-        with contextlib.suppress(OSError):  # the terminal may be gone
-            os.write(2, b"stopping after this step; once more stops at once\n")
-
-    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)  # Windows has no SIGHUP
-        if number and signal.getsignal(number) not in (None, signal.SIG_IGN):  # as nohup sets it
-            before[number] = signal.signal(number, note)
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def run_train(defaults, typed):
+def run_train(parser, argv):
     """Learn to make images from noise."""
-    device, amp, newest = look_around(typed.get("device"))
-    data, path = typed.get("data", defaults["data"]), typed.get("path", defaults["path"])
-    out = Path(typed.get("out", f"runs/{os.path.basename(os.path.realpath(data))}-{path}"))
-    known, checkpoint = RECIPES.get(data, RECIPES["folder"]), None
-    if typed.get("resume"):
-        out = out if typed.keys() & {"out", "data", "path"} else newest.parent
-        checkpoint, _ = load(out / "checkpoint.pt")
-        known = checkpoint["config"]
-        for flag in typed.keys() - MAY_CHANGE:
-            if typed[flag] != known[flag]:
-                name = flag.replace("_", "-")
-                raise ValueError(f"--{name} cannot change: {out} began with {known[flag]}")
-    here = dict(device=device, out=str(out))
-    config = argparse.Namespace(**defaults | dict(amp=amp) | known | typed | here)  # the last wins
-    if (device, config.amp) == ("mps", "fp16"):
-        raise ValueError("--amp fp16: its loss scaling does not work on mps; take bf16 or off")
-    if Path(config.data).is_dir() and out.resolve().is_relative_to(Path(config.data).resolve()):
-        raise ValueError(f"--out {out} is inside --data {config.data}")
-    if not checkpoint:
-        check_free(out, config.overwrite)
-    elif checkpoint["step"] >= config.steps:
-        raise ValueError(f"{out} is at step {checkpoint['step']:,}: ask for more --steps")
-    with stop_signals() as caught:
-        step = train(config, checkpoint, caught)
-    if step < config.steps:
-        with contextlib.suppress(OSError):
-            print("go on with: python flow_matching.py train --resume --out", shlex.quote(str(out)))
-        sys.exit(128 + (caught or [signal.SIGTERM])[0])  # empty: another rank's, or no reader
-
-
-def open_model(defaults, typed):
-    """All flags, the velocity with EMA weights and, for fid and nll, the reference images."""
-    device, amp, newest = look_around(typed.get("device"))
-    file = Path(typed.get("ckpt", newest))
-    checkpoint, velocity = load(file, device)
-    config = velocity.config
-    if "amp" not in defaults or typed.get("solver", defaults["solver"]) == "dopri5":
-        amp = "off"  # nll has no amp; dopri5 would take the rounding for its error
-    known = dict(ckpt=str(file), device=device, amp=amp, data_dir=config.data_dir,
-                 results=str(file.with_name("results.jsonl")))
-    if config.data not in ("digits", *TORCHVISION):
-        known["reference"] = "train"  # a folder has no test split
-    args = argparse.Namespace(**defaults | known | typed)
-    if args.solver == "dopri5" and "steps" in typed:
-        raise ValueError("dopri5 chooses its steps: leave out --steps, or take --solver rk4")
-    print(f"{file}: {config.data}, path {config.path}, step {checkpoint['step']:,}, EMA weights")
-    if "reference" not in defaults:
-        return args, velocity
-    data = config.data if args.reference in ("train", "test") else args.reference
-    images, _, _ = load_data(data, args.data_dir, config.size, args.reference == "test")
-    if images.shape[1] != config.channels:
-        raise ValueError(f"{data} has {images.shape[1]} channels, the model {config.channels}")
-    open(args.results, "a").close()  # what cannot be written is said before the work
-    return args, velocity, images
-
-
-def run_sample(args, velocity):
-    """Make images from the EMA weights of a checkpoint: a grid, or one PNG per image."""
-    out = Path(args.out or Path(args.ckpt).with_name("samples.png"))
-    check_free(out, args.overwrite or not args.out)
-    marks = {name: "-" + name.replace("/", "_") for name in velocity.config.names} | {"": ""}
-    label = unicodedata.normalize("NFC", args.label)  # as load_folder does
-    names, nfes = [label] if label else velocity.config.names or [""], []
-    images = (image for part in make_images(velocity, args, nfes, label) for image in part)
-    if out.suffix.lower() == ".png":
-        columns = len(names) * max(1, round(args.n**0.5 / len(names)))  # about square
-        with atomic(out) as f:  # opened first: what can't be written is said before the work
-            picture_grid(torch.stack([*images]), columns).save(f, "PNG")
+    args = parser.parse_args([arg for arg in argv if arg not in ("-h", "--help")])
+    data, path, checkpoint = args.data or "digits", args.path or "ot", None
+    out = Path(args.out or f"runs/{Path(data).absolute().name}-{path}")
+    if args.resume:  # the run's own flags are the defaults
+        if not (args.out or args.data or args.path):
+            out = newest("log.jsonl").parent
+        checkpoint = read_checkpoint(out / "checkpoint.pt")
+        parser.set_defaults(**checkpoint["config"] | dict(device=None, compile=False))
     else:
-        out.mkdir(parents=True, exist_ok=True)
-        old = {file for mark in marks.values()  # of a run that --overwrite replaces
-               for file in out.glob("[0-9]" * 6 + glob.escape(f"{mark}.png"))}
-        for i, image in enumerate(images):
-            file = out / f"{i:06d}{marks[names[i % len(names)]]}.png"
-            to_pil_image(image).save(file)
-            old.discard(file)
-        for file in old:
-            file.unlink()
-    print(f"{out}: {args.n:,} images, {args.solver}, NFE {np.mean(nfes):g}, amp {args.amp}")
+        parser.set_defaults(data=data, path=path, **RECIPES.get(data, RECIPES["folder"]))
+    args = parser.parse_args(argv)
+    args.out = str(out)
+    choose_device(args)
+    if args.mults is None:  # of a folder: levels down to maps of about 8 x 8, attention on these
+        args.mults = [1] + [2] * max(0, round(math.log2(args.size / 8)))
+    heights = [math.ceil(args.size / 2**level) for level in range(len(args.mults))]
+    args.attention = heights[-1:] if args.attention is None else args.attention
+    if not {*args.attention} <= {*heights}:
+        raise UserError(f"--attention {args.attention}: the maps have the heights {heights}")
+    if args.data not in RECIPES and out.resolve().is_relative_to(Path(args.data).resolve()):
+        raise UserError(f"--out {out} is inside --data {args.data}")
+    if args.batch % int(os.environ.get("WORLD_SIZE", 1)):
+        raise UserError(f"--batch {args.batch} is not divisible by the number of ranks")
+    if not checkpoint:
+        check_out(out, args.overwrite, mine=["log.jsonl", "step-*.png", "*.tmp"])
+    elif checkpoint["step"] >= args.steps:
+        raise UserError(f"{out} is at step {checkpoint['step']:,}: ask for more --steps")
+    for flag in FIXED if checkpoint else ():
+        if getattr(args, flag) != checkpoint["config"][flag]:
+            raise UserError(f"--{flag} cannot change: {out} has {checkpoint['config'][flag]}")
+    if stopped_by := train(args, checkpoint):
+        ranks = os.environ.get("LOCAL_WORLD_SIZE")
+        how = f"torchrun --nproc_per_node={ranks}" if ranks else "python"
+        print(f"go on with: {how} flow_matching.py train --resume --out {shlex.quote(args.out)}")
+        sys.exit(128 + stopped_by)
 
 
-def report(args, text, since, nfes, **row):
-    """Keep a row of results, with all flags; then print it."""
+def open_model(args):
+    """The averaged network of --ckpt; fills in the flags that depend on what is there."""
+    if args.solver == "dopri5" and args.steps:
+        raise UserError("dopri5 chooses its steps: leave out --steps, or take --solver rk4")
+    if args.solver != "dopri5":
+        args.steps = args.steps or 20
+    file = Path(args.ckpt or newest("checkpoint.pt"))
+    args.ckpt = file / "checkpoint.pt" if file.is_dir() else file
+    choose_device(args)
+    velocity = load(args.ckpt, args.device)
+    config = velocity.config
+    print(f"{args.ckpt}: {config.data}, path {config.path}, step {config.step:,}, EMA weights")
+    if args.guidance != 1 and not config.names:
+        raise UserError("--guidance needs a model of train --classes")
+    return velocity
+
+
+def open_reference(args, config):
+    """The images of --reference, for a result that can be kept beside the checkpoint."""
+    args.reference = args.reference or ("train" if config.data not in RECIPES else "test")
+    own = args.reference in ("train", "test")
+    data = config.data if own else args.reference
+    if own and data not in RECIPES and not Path(data).is_dir():
+        raise UserError(f"the training's folder {data} is not here: name it by --reference")
+    images, _, _ = load_data(data, args.data_dir or config.data_dir, config.size,
+                             test=args.reference == "test")
+    if images.shape[1] != config.channels:
+        raise UserError(f"{data} has {images.shape[1]} channels, the model {config.channels}")
+    if min(args.n, len(images)) < 2:
+        raise UserError("at least two images are needed, of --n and of --reference")
+    check_out(args.ckpt.with_name("results.jsonl"), overwrite=True)
+    return images
+
+
+def report(args, text, nfes, since, **row):
+    """Keeps a row of results, with all flags, beside the checkpoint; then prints it."""
     row |= dict(nfe=np.mean(nfes), seconds=time.perf_counter() - since)
-    with open(args.results, "a") as results:
-        print(json.dumps(vars(args) | row), file=results)
+    with own_files(), open(args.ckpt.with_name("results.jsonl"), "a") as results:
+        print(json.dumps(vars(args) | row, default=str), file=results)
     print(f"{text}, {args.solver}, NFE {row['nfe']:g}, {row['seconds']:.1f} s", flush=True)
 
 
-def run_fid(args, velocity, images):
-    """Fréchet distance between real images and those of a checkpoint, classes in equal numbers."""
-    features, D, title = pixels, images[0].numel(), "Fréchet distance of pixels"
+def run_sample(parser, argv):
+    """Make images from the averaged weights of a checkpoint: a grid, or one PNG per image."""
+    args = parser.parse_args(argv)
+    velocity = open_model(args)
+    names, grid, nfes = velocity.config.names, [], []
+    if args.label is not None and args.label not in names:
+        raise UserError(f"--label {args.label}: this model, of --classes, knows {names}")
+    out = Path(args.out or args.ckpt.with_name("samples.png"))
+    check_out(out, args.overwrite or not args.out)
+    folder = out.suffix.lower() != ".png"
+    if folder:
+        with own_files():
+            out.mkdir(parents=True, exist_ok=True)
+            for old in out.glob("[0-9]" * 6 + ".png"):
+                old.unlink()
+    if args.compile:
+        velocity = torch.compile(velocity)
+    parts = in_batches(args.n, args.batch, "images")
+    for images, nfe in make_images(velocity, parts, args, args.label):
+        for i, image in enumerate(images if folder else [], len(nfes)):
+            with own_files():
+                to_pil_image(image).save(out / f"{i:06d}.png")
+        grid += [] if folder else images
+        nfes += [nfe] * len(images)
+    if grid:  # with classes, a class a column
+        K = 1 if args.label else max(1, len(names))
+        save_grid(torch.stack(grid), K * max(1, round(args.n**0.5 / K)), out)
+    what = f"images of {args.label or ', '.join(names) + ' in turn'}" if names else "images"
+    print(f"{out}: {args.n:,} {what}, {args.solver}, NFE {np.mean(nfes):g}, amp {args.amp}")
+
+
+def run_fid(parser, argv):
+    """Frechet distance between real images and those of a checkpoint, classes in equal numbers."""
+    args = parser.parse_args(argv)
+    velocity = open_model(args)
+    if args.features == "pixels" and args.inception:
+        raise UserError("--features pixels takes no --inception")
+    images = open_reference(args, velocity.config)
+    features, D, title = pixels, images[0].numel(), "Frechet distance of pixels"
     if args.features == "inception":
-        features, D, title = inception(args.inception, args.device), 2048, "FID"
-    elif args.inception or D > 4096:
-        raise ValueError("pixels take no --inception, and images of at most 4096 numbers")
-    parts = (images[part] for part in in_batches(len(images), 1000, "reference"))
-    real = fit_gaussian(parts, features)
-    for steps in args.steps:
-        one = argparse.Namespace(**vars(args) | dict(steps=steps))
-        nfes, since = [], time.perf_counter()
-        made = fit_gaussian(make_images(velocity, one, nfes), features)
-        distance = frechet_distance(*made, *real)
+        try:
+            features, D, title = inception(args.inception, args.device), 2048, "FID"
+        except Exception as error:  # of a download, or of a file that is something else
+            raise UserError(f"no Inception weights ({str(error)[:150]}): fetch {INCEPTION_URL} and "
+                            "name it by --inception FILE, or take --features pixels") from None
+    parts = in_batches(len(images), args.batch, "reference")
+    real = fit_gaussian(features(images[part]) for part in parts)
+    several = np.ravel(args.steps).tolist()
+    for args.steps in several:
+        found, nfes, since = [], [], time.perf_counter()
+        for made, nfe in make_images(velocity, in_batches(args.n, args.batch, "images"), args):
+            found.append(features(made))
+            nfes += [nfe] * len(made)
+        distance = frechet_distance(*fit_gaussian(found), *real)
         text = f"{title} {distance:.4f}: {args.n:,} made, {len(images):,} of {args.reference}"
-        report(one, text, since, nfes, frechet_distance=distance, n_reference=len(images))
+        report(args, text, nfes, since, frechet_distance=distance, n_reference=len(images))
     if args.n < 50_000:
         print("under 50,000 images: not comparable with papers")
     if min(args.n, len(images)) <= D:
         print(f"no more images than {D:,} features: a covariance is singular")
 
 
-def run_nll(args, velocity, images):
+def run_nll(parser, argv):
     """Bits per dimension of images, -log2 p(image) / numbers in an image, without a class."""
-    config = velocity.config
-    if config.names and not config.label_drop:
-        raise ValueError("nll needs a model that knows images without a class, by --label-drop")
-    n, K, shape = min(args.n, len(images)), args.k, images.shape[1:]
-    if n < 2:
-        raise ValueError("nll needs at least two images, for its standard error")
-    chosen = np.random.default_rng(args.seed).permutation(len(images))
-    log_p, nfes, since = [], [], time.perf_counter()
-    for part in in_batches(n * K, args.batch, "densities"):
-        rows = [j // K for j in part]
-        u = torch.special.ndtr(draw_noise((args.seed, 1), part, shape))  # Φ(normal) is uniform
-        x = (images[chosen[rows]] + u) / 128 - 1
+    args = parser.parse_args(argv)
+    velocity = open_model(args)
+    images = open_reference(args, velocity.config)
+    n, shape = min(args.n, len(images)), images.shape[1:]
+    chosen = np.random.default_rng(args.seed).permutation(len(images))[:n]
+    log_p, nfes, since = torch.empty(n, args.k, dtype=torch.float64), [], time.perf_counter()
+    for part in in_batches(n, args.batch, "images"):
         # one draw of signs for the K draws of an image: independent errors of the estimate would
         # raise bits_per_dim's mean of exponentials
-        signs = draw_noise((args.seed, 2), rows, shape).sign().to(args.device)
-        one, nfe = log_likelihood(velocity, x.to(args.device), PATHS[config.path],
-                                  None if args.exact else [signs], solver=args.solver,
-                                  steps=args.steps, tolerance=args.tolerance)
-        log_p.append(one.cpu().double())
-        nfes += [nfe] * len(part)
-    bits = bits_per_dim(torch.cat(log_p).reshape(n, K), math.prod(shape))
+        signs = draw_noise((args.seed, 2), part, shape).sign().to(args.device)
+        for k in range(args.k):
+            u = draw_noise((args.seed, 1, k), part, shape, law="random")
+            x = (images[chosen[part]] + u).to(args.device) / 128 - 1
+            one, nfe = log_likelihood(
+                velocity, x, PATHS[velocity.config.path], None if args.exact else [signs],
+                solver=args.solver, steps=args.steps, tolerance=args.tolerance)
+            log_p[part, k] = one.cpu().double()
+            nfes += [nfe] * len(part)
+    bits = bits_per_dim(log_p, math.prod(shape))
     mean, error = bits.mean().item(), bits.std().item() / n**0.5
-    text = (f"{mean:.4f} ± {error:.4f} bits/dim: {n:,} images of {args.reference}, K = {K}, "
+    text = (f"{mean:.4f} +/- {error:.4f} bits/dim: {n:,} images of {args.reference}, K = {args.k}, "
             f"{'exact' if args.exact else 'Hutchinson'} divergence")
-    report(args, text, since, nfes, bits_per_dim=mean, standard_error=error, n=n)
+    report(args, text, nfes, since, bits_per_dim=mean, standard_error=error, n=n)
 
 
-def run_paths(defaults, typed):
-    """Draw the theory: the exact field of Eq. 8, as a picture and a table, without a network."""
-    args = argparse.Namespace(**defaults | typed)
-    check_free(Path(args.out), args.overwrite)
+def run_paths(parser, argv):
+    """Draw the theory: particles on the exact field of Eq. 8, without a network."""
+    args = parser.parse_args(argv)
+    check_out(Path(args.out), args.overwrite)
     angles = torch.arange(8) * math.pi / 4
-    means, tau = 2 * torch.stack([angles.cos(), angles.sin()], 1), 0.1
-    table = measure_paths(means, tau, seed=args.seed)
-    print("landed: within 3 tau of a mean; error: mean squared, against 1000 rk4 steps\n"
-          "solver    NFE" + "".join(f"   {name} landed  error " for name in PATHS))
-    for solver, nfe in dict.fromkeys(key[1:] for key in table):
-        cells = [table[name, solver, nfe] for name in PATHS]
-        print(f"{solver:9}{nfe:4}" + "".join(f"    {a:7.1%}  {b:.1e}" for a, b in cells))
-    with atomic(Path(args.out)) as f:
-        draw_paths(means, tau, args.seed).save(f, "PNG")
-    print(f"at equal error, ot needs {evaluations_ratio(table):.0%} of vp's evaluations (euler)\n"
-          f"wrote {args.out}")
+    panels = draw_paths(2 * torch.stack([angles.cos(), angles.sin()], 1), 0.1, args.seed)
+    save_grid(panels, 5, args.out)
+    print(f"wrote {args.out}")
 
 
-COMMANDS = {
-    "train": (run_train, TRAIN),
-    "sample": (run_sample, SAMPLE | dict(label="", out="", overwrite=False)),
-    "fid": (run_fid, SAMPLE | dict(n=50_000, steps=[20], features="inception", inception="",
-                                   reference="train", data_dir="", results="")),
-    "nll": (run_nll, dict(ckpt="", n=128, k=1, exact=False, solver="dopri5", steps=20, batch=32,
-                          tolerance=1e-5, seed=0, device="", reference="test", data_dir="",
-                          results="")),
-    "paths": (run_paths, dict(seed=0, out="paths.png", overwrite=False)),
+PICTURE = {
+    "--seed": COMMON["--seed"],
+    "--out": dict(default="paths.png", help="file of the picture"),
+    "--overwrite": OUT["--overwrite"]}
+COMMANDS = {  # what runs, its flags, and defaults that differ from those of the rows
+    "train": (run_train, COMMON | OUT | TRAIN, dict(solver=None)),
+    "sample": (run_sample, COMMON | OUT | MODEL | GUIDANCE | SAMPLE, {}),
+    "fid": (run_fid, COMMON | MODEL | GUIDANCE | REFERENCE | FID,
+            dict(n=50_000, reference="train")),
+    "nll": (run_nll, COMMON | MODEL | REFERENCE | NLL,
+            dict(n=128, batch=32, solver="dopri5", guidance=1.0, amp="off")),
+    "paths": (run_paths, PICTURE, {}),
 }
 
 
-def add_flags(parser, defaults):
-    """A flag for each default, of its type, with its line of HELP."""
-    texts = dict(line.split(maxsplit=1) for line in HELP.strip().split("\n"))
-
-    def integers(text):  # "1,2,2" is [1, 2, 2], "none" is []
-        return [] if text == "none" else [int(part) for part in text.split(",")]
-
-    for flag, default in defaults.items():
-        *choices, text = texts[flag].split(" | ")
-        how = dict(type=type(default), choices=choices or None)
-        if isinstance(default, bool | None):
-            how = dict(action=argparse.BooleanOptionalAction)
-        elif isinstance(default, list):
-            how, default = dict(type=integers), ",".join(map(str, default)) or "none"
-        text += "" if default in ("", None) else f" (default: {default})"
-        parser.add_argument("--" + flag.replace("_", "-"), help=text, **how)
-
-
 def main(argv=None):
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # of a terminal without ± or é
-    style = dict(argument_default=argparse.SUPPRESS,  # only what was typed
-                 usage=argparse.SUPPRESS,  # an error is one line
-                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    about, *examples = __doc__.split("\n")
-    parser = argparse.ArgumentParser("flow_matching.py", description=about, **style)
-    commands = parser.add_subparsers(dest="command", required=True, prog=parser.prog)
-    for name, (run, defaults) in COMMANDS.items():
-        lines = ["examples:", *(line for line in examples if f".py {name}" in line)]
-        if defaults is TRAIN:
-            lines += [f"changed by --data {data}: {recipe}" for data, recipe in RECIPES.items()]
-        add_flags(commands.add_parser(name, help=run.__doc__, description=run.__doc__,
-                                      epilog="\n".join(lines), **style), defaults)
-    typed, unknown = parser.parse_known_args(argv)
-    typed = vars(typed)
-    name = typed.pop("command")
-    run, defaults = COMMANDS[name]
-    refuse = commands.choices[name].error  # prints one line, exits with status 2
-    if unknown:
-        refuse(f"unrecognized arguments: {' '.join(unknown)}")
+    argv = sys.argv[1:] if argv is None else argv
+    parser = argparse.ArgumentParser("flow_matching.py", description="Flow Matching in one file.")
+    commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
+    for name, (run, rows, defaults) in COMMANDS.items():
+        command = commands.add_parser(name, help=run.__doc__, description=run.__doc__,
+                                      usage=argparse.SUPPRESS)  # an error is one line
+        for flag, row in rows.items():
+            shown = " (default: %(default)s)" if "default" in row else ""
+            command.add_argument(flag, **row | dict(help=row["help"] + shown))
+        command.set_defaults(**defaults)
+    if not argv or argv[0] not in COMMANDS:
+        return parser.parse_args(argv or ["--help"])
+    run, command = COMMANDS[argv[0]][0], commands.choices[argv[0]]
     torch.backends.cudnn.allow_tf32 = False  # it keeps three digits; whoever wants speed has bf16
     try:
-        check_flags(typed)
-        run(*open_model(defaults, typed) if "ckpt" in defaults else (defaults, typed))
+        run(command, argv[1:])
     except KeyboardInterrupt:
         sys.exit(130)
-    except Exception as problem:
-        text = " ".join(str(problem).split())
-        if isinstance(problem, MemoryError | torch.OutOfMemoryError) or "allocate memory" in text:
-            refuse("out of memory: lower --batch, --size or --width")
-        if not isinstance(problem, ValueError | OSError | FloatingPointError):
+    except (UserError, FloatingPointError) as error:
+        command.error(" ".join(str(error).split()))
+    except (MemoryError, RuntimeError) as error:
+        memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not memory and "allocate memory" not in str(error):
             raise  # a fault of the code keeps its traceback
-        refuse(text)
+        command.error("out of memory: lower --batch, --size or --width")
 
 
 if __name__ == "__main__":
