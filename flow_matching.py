@@ -822,7 +822,7 @@ def make_images(velocity, parts, args, label=None):
         noise = draw_noise(args.seed, part, (config.channels, config.size, config.size))
         if names:
             y = [names.index(label) if label else i % len(names) for i in part]
-            v = guided(velocity, torch.tensor(y, device=device), args.guidance)
+            v = guided(velocity, torch.tensor(y).to(device), args.guidance)
         with torch.autocast(device.type, AMP.get(args.amp), enabled=args.amp in AMP):
             x, nfe = sample(v, noise.to(device), PATHS[config.path], solver=args.solver,
                             steps=args.steps, tolerance=args.tolerance)
