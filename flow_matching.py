@@ -282,7 +282,7 @@ def ot_coupling(x_0, x_1, y=None):
     y: (B,) labels: noise then changes places only within a class: p(x_0 | y) stays N(0, I).
     """
     if x_0.shape != x_1.shape:
-        raise ValueError(f"x_0 {tuple(x_0.shape)} and x_1 {tuple(x_1.shape)}: not of the same shape")
+        raise ValueError(f"x_0 {tuple(x_0.shape)}, x_1 {tuple(x_1.shape)}: not of the same shape")
     rows, columns = (x.detach().reshape(len(x), -1).float() for x in (x_1, x_0))
     cost = torch.cdist(rows, columns).square()
     if y is not None:
