@@ -13,7 +13,7 @@ distribution onto the data (Theorem 1).  So new images are the solutions of dx/d
     python flow_matching.py train --path ot
     python flow_matching.py sample --steps 20
 
-§1-§4 are the paper.  Each of §1-§7 runs where it is pasted with what its title says that it needs.
+§1-§4 are the paper.  Each of §1-§7 runs alone, pasted with what its title names.
 B, C, H, W are batch, channels, height and width; networks see images in [-1, 1], files are uint8.
 """
 
@@ -120,7 +120,7 @@ def cfm_loss(v, path, x_1, x_0=None, t=None, weight=1.0):
 
     v: callable (x, t) -> velocity, x_1: (B, ...) data; x_0 ~ N(0, I) and t ~ U[0, 1] are drawn
     unless given; weight: (B,), 1 in the paper.  u is taken from Eq. 13, the time derivative of
-    ψ_t(x_0), which never divides by σ.  Raises ValueError for a velocity of another shape than x_1.
+    ψ_t(x_0), which has no σ'/σ.  Raises ValueError for a velocity of another shape than x_1.
     """
     x_0 = torch.randn_like(x_1) if x_0 is None else x_0
     if t is None:  # at least float32: cast to bf16, a time would be exactly 1 once in 500
@@ -136,7 +136,7 @@ def cfm_loss(v, path, x_1, x_0=None, t=None, weight=1.0):
 
 
 # §3  ODE solvers: dx/dt = f(x, t)  (needs np, torch, solve_ivp) ---------------------------------
-# For a step, t is a number; odeint hands it to v as times (B,).
+# For a step (dopri5 is a whole solve) t is a number; odeint hands it to v as times (B,).
 
 
 def euler(f, x, t, h):
@@ -200,7 +200,7 @@ def odeint(v, x, t_0=0.0, t_1=1.0, solver="midpoint", steps=20, tolerance=1e-5):
         u = v(x, torch.full((len(x),), t, dtype=times, device=x.device))
         if u.shape != x.shape or u.is_complex() or not x.is_floating_point():
             raise ValueError(f"velocity {tuple(u.shape)}, {u.dtype} of x {tuple(x.shape)}, "
-                             f"{x.dtype}: both must be real and of one shape")
+                             f"{x.dtype}: both must be real floats of one shape")
         return u.to(x.dtype)
 
     if solver == "dopri5":
@@ -246,7 +246,7 @@ def log_likelihood(v, x_1, path=ot_path, probes=None, **solver):
         units = torch.eye(D, dtype=x_1.dtype, device=x_1.device)
         probes = units.reshape(D, 1, *x_1.shape[1:]).expand(D, *x_1.shape)
 
-    def f(state, t):  # x and ∫ div v dt, as one state: (B, D + 1)
+    def f(state, t):  # t: (B,); x and ∫ div v dt as one state, (B, D + 1)
         x, div = state[:, :D].reshape(x_1.shape).requires_grad_(), 0
         with torch.enable_grad():
             u = v(x, t)
@@ -437,10 +437,10 @@ class UNet(nn.Module):
 
 
 class Velocity(nn.Module):
-    """The velocity v(x, t, y) of a path whose scales vary, by any network F of the same arguments.
+    """The velocity v(x, t, y) of a path whose scales vary, by any `net` of these arguments.
 
-    F learns only what the best linear predictor of u from x misses, at unit scale (Karras et al.,
-    arXiv 2206.00364, §5, for any path): v = c_skip x + c_out F(c_in x, t, y), loss weight 1/c_out².
+    net learns only what the best linear predictor of u from x misses, at unit scale (Karras et al.,
+    arXiv 2206.00364, §5, for any path): v = c_skip x + c_out net(c_in x, t, y), weight 1/c_out².
     vp and ve need it (ve's |σ'| goes from 0.085 to 426); data_rms: root mean square of the data.
     """
 
@@ -449,7 +449,7 @@ class Velocity(nn.Module):
         self.net, self.path, self.data_rms = net, path, data_rms
 
     def scales(self, t):
-        """c_in, c_skip, c_out, each (B,), and the weight of the loss."""
+        """c_in, c_skip, c_out, each (B,)."""
         alpha, sigma, d_alpha, d_sigma = self.path(t)
         s = self.data_rms
         c_in = (alpha**2 * s**2 + sigma**2) ** -0.5
@@ -458,7 +458,7 @@ class Velocity(nn.Module):
         return c_in, c_skip, c_out
 
     def weight(self, t):
-        """1/c_out², the weight in the loss at which F's own error counts alike at all times."""
+        """1/c_out², the weight in the loss at which net's error counts alike at all times."""
         return self.scales(t)[2] ** -2
 
     def forward(self, x, t, *y):
@@ -550,7 +550,7 @@ def frechet_distance(mean_1, cov_1, mean_2, cov_2):
     A_1, A_2 = V_1 * np.sqrt(s_1.clip(0)), V_2 * np.sqrt(s_2.clip(0))
     root = scipy.linalg.svdvals(A_1.T @ A_2).sum()
     shift = np.asarray_chkfinite(mean_1 - mean_2)
-    return max(0.0, float(shift @ shift + np.trace(cov_1 + cov_2) - 2 * root))  # but for rounding
+    return max(0.0, float(shift @ shift + np.trace(cov_1 + cov_2) - 2 * root))  # not −1e-9
 
 
 # §8  Data: a uint8 tensor (N, C, H, W), an int64 tensor (N,) of labels, and the labels' names ---
@@ -579,16 +579,16 @@ def own_files():
 def atomic(file):
     """An open file that replaces `file` when the block ends: whole, or not at all."""
     temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    try:
-        with own_files():
-            file.parent.mkdir(parents=True, exist_ok=True)
+    with own_files():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
             with open(temporary, "wb") as f:
                 yield f
                 f.flush()
                 os.fsync(f.fileno())
             os.replace(temporary, file)
-    finally:
-        temporary.unlink(missing_ok=True)
+        finally:
+            temporary.unlink(missing_ok=True)
 
 
 def in_batches(n, size, what):
@@ -718,14 +718,14 @@ def save_grid(images, columns, file):
 
 # §9  Training  (needs all above) ----------------------------------------------------------------
 
-RECIPES = {  # what a data set changes in the defaults of train
+RECIPES = {  # what a data set changes in the defaults of train; None: a folder
     "digits": {},
     "mnist": dict(size=28, width=16, mults=[1, 2, 4], steps=4000),
     "fashion-mnist": dict(size=28, width=16, mults=[1, 2, 4], steps=4000, flip=True),
     "cifar10": dict(size=32, width=128, mults=[1, 2, 2, 2], blocks=2, attention=[16], dropout=0.1,
                     batch=128, lr=2e-4, warmup=5000, steps=400_000, ema=0.9999, flip=True,
                     save_every=5000),
-    "folder": dict(size=32, width=64, mults=None, attention=None, blocks=2, batch=64, lr=1e-3,
+    None: dict(size=32, width=64, mults=None, attention=None, blocks=2, batch=64, lr=1e-3,
                    warmup=200, steps=20_000, ema=0.999, save_every=1000),
 }
 AMP = dict(bf16=torch.bfloat16, fp16=torch.float16)  # mixed precision: the type of matrix work
@@ -800,7 +800,7 @@ def read_checkpoint(file):
 
 
 def load(file, device="cpu"):
-    """The averaged (EMA) network of a checkpoint; its .config holds the flags it was trained by."""
+    """The averaged (EMA) network of a checkpoint; .config: its training's flags and findings."""
     checkpoint = read_checkpoint(Path(file))
     velocity = build(argparse.Namespace(**checkpoint["config"], step=checkpoint["step"]))
     try:
@@ -885,7 +885,7 @@ def note_signals():
 def train(config, checkpoint=None):
     """Train by the flags of train; fills config.out with checkpoint.pt, log.jsonl and grids.
 
-    Resumed from a checkpoint, a CPU's run is bit for bit the unbroken one.  Returns 0, or the
+    Resumed with the same flags, a CPU's run is bit for bit the unbroken one.  Returns 0, or the
     signal that stopped it after a checkpoint.
     """
     device, out = torch.device(config.device), Path(config.out)
@@ -920,17 +920,17 @@ def train(config, checkpoint=None):
     torch.backends.cudnn.benchmark = True  # shapes are fixed
     with own_files():
         out.mkdir(parents=True, exist_ok=True)
-        if config.overwrite and rank == 0:
+        if config.overwrite and rank == 0 and not checkpoint:
             for file in [*out.glob("step-[0-9]*.png"), *out.glob("checkpoint.pt")]:
                 file.unlink()
         logged = open(os.devnull if rank else out / "log.jsonl", "w", buffering=1)
         logged.writelines(json.dumps(row) + "\n" for row in log)  # anew, from the checkpoint
-    print(f"{config.data}: {len(images):,} images of {(*images.shape[1:],)}, classes {names[:5]}\n"
+    print(f"{config.data}: {len(images):,} images of {(*images.shape[1:],)}, classes {found['names'][:5]}\n"
           f"{sum(p.numel() for p in velocity.parameters()):,} parameters, path {config.path}, amp "
           f"{config.amp}, {world} x {device}, {config.steps:,} steps of {config.batch} into {out}/")
 
     stops, since, losses = note_signals(), time.perf_counter(), []
-    for step in range(start + 1, config.steps + 1):  # fp16, coupling and logs wait for the GPU
+    for step in range(start + 1, config.steps + 1):
         batch = draw_batch(images, labels, config, step, device, rank, world)
         torch.manual_seed(hash((config.seed, step, rank)))  # dropout differs between ranks
         losses.append(train_step(model, state, step, batch))
@@ -963,14 +963,14 @@ def train(config, checkpoint=None):
     if world > 1:
         dist.barrier()  # destroyed in the middle of an all-reduce, gloo can wait for ever
         dist.destroy_process_group()
-    return (stops or [signal.SIGTERM])[0] if step < config.steps else 0
+    return (stops or [signal.SIGTERM])[0] if step < config.steps else 0  # []: another rank's
 
 
 # §10  The theory, drawn: the exact field of Eq. 8 in the plane, without a network  (needs all) ---
 
 
 def draw_paths(means, tau, seed=0):
-    """Panels, 5 a path, of later times: 400 particles, and how 24 of them came there; uint8."""
+    """Panels, 5 a path, from t = 0 to 1: 400 particles, and how 24 of them came there; uint8."""
     noise, font, panels = draw_noise(seed, range(400), (2,)), ImageFont.load_default(34), []
     for name, path in PATHS.items():
         v = functools.partial(marginal_velocity, path, means=means, tau=tau)
@@ -996,7 +996,7 @@ def draw_paths(means, tau, seed=0):
 
 def number(kind, low, high=10**9):
     """The type of a flag: an int or a float from low to high."""
-    def number(text):  # argparse names it where kind raises ValueError
+    def number(text):  # so named for argparse's "invalid number value"
         if not low <= kind(text) <= high:
             raise argparse.ArgumentTypeError(f"{text} is not from {low} to {high}")
         return kind(text)
@@ -1013,9 +1013,9 @@ small, positive = number(int, 1, 4096), number(float, 1e-12)
 switch = argparse.BooleanOptionalAction
 
 COMMON = {
-    "--seed": dict(type=natural, default=0, help="of everything random"),
-    "--device": dict(help="cuda, cuda:1, mps or cpu; default: the fastest here"),
-    "--amp": dict(choices=[*AMP, "off"], help="mixed precision; default: on CUDA, not for dopri5")}
+    "--seed": dict(type=natural, default=0, help="of all that is random"),
+    "--device": dict(help="cuda, cuda:1, mps or cpu; default: the fastest here")}
+MIXED = {"--amp": dict(choices=[*AMP, "off"], help="precision; default: on CUDA, not for dopri5")}
 OUT = {
     "--compile": dict(action="store_true", help="torch.compile the network"),
     "--overwrite": dict(action="store_true", help="replace what --out names")}
@@ -1028,7 +1028,7 @@ TRAIN = {
     "--coupling": dict(choices=["independent", "ot"], default="independent",
                        help="ot: minibatch optimal transport, solved on each rank"),
     "--time": dict(choices=["uniform", "logit-normal"], default="uniform", help="density of t"),
-    "--flip": dict(action=switch, help="mirror images at random; default: no"),
+    "--flip": dict(action=switch, help="mirror images at random; default: %(default)s"),
     "--size": dict(type=small, default=16, help="height and width of the images, pixels"),
     "--width": dict(type=small, default=32, help="channels at full resolution"),
     "--mults": dict(type=integers, default="1,2,2", help="multiples of it, one per level"),
@@ -1038,7 +1038,7 @@ TRAIN = {
     "--batch": dict(type=count, default=32, help="images per step, over all ranks"),
     "--lr": dict(type=positive, default=2e-3, help="peak learning rate of Adam"),
     "--warmup": dict(type=natural, default=50, help="steps in which the rate rises"),
-    "--steps": dict(type=count, default=1000, help="of Adam; the rate falls to 0 at the last"),
+    "--steps": dict(type=count, default=1000, help="of Adam; the rate falls linearly to 0"),
     "--ema": dict(type=share, default=0.995, help="decay per step of the averaged weights"),
     "--clip": dict(type=positive, default=1.0, help="largest norm of the gradient"),
     "--log-every": dict(type=count, default=50, help="steps between log lines"),
@@ -1054,7 +1054,7 @@ MODEL = {
     "--tolerance": dict(type=share, default=1e-5, help="of dopri5, relative and absolute")}
 GUIDANCE = {"--guidance": dict(type=number(float, 0), default=1.0, help="scale; 1 is none")}
 REFERENCE = {
-    "--reference": dict(help="train or test split, a data set or a folder; default: test for nll"),
+    "--reference": dict(help="train, test, a data set or a folder; default: train, of nll test if any"),
     "--data-dir": dict(help="of downloads and decoded images; default: as in training")}
 SAMPLE = {
     "--label": dict(help="class to make; default: all in turn"),
@@ -1099,7 +1099,7 @@ def choose_device(args):
     args.device = name
     if args.amp is None and "cuda" in name and args.solver != "dopri5":
         args.amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    args.amp = args.amp or "off"  # dopri5 would take rounding for its error; CPUs are slower so
+    args.amp = args.amp or "off"  # dopri5 would take rounding for its error
 
 
 def run_train(parser, argv):
@@ -1107,13 +1107,14 @@ def run_train(parser, argv):
     args = parser.parse_args([arg for arg in argv if arg not in ("-h", "--help")])
     data, path, checkpoint = args.data or "digits", args.path or "ot", None
     out = Path(args.out or f"runs/{Path(data).absolute().name}-{path}")
-    if args.resume:  # the run's own flags are the defaults
+    if args.resume:  # the run's own flags, and what it found in its data, are the defaults
         if not (args.out or args.data or args.path):
             out = newest("log.jsonl").parent
         checkpoint = read_checkpoint(out / "checkpoint.pt")
-        parser.set_defaults(**checkpoint["config"] | dict(device=None, compile=False))
+        parser.set_defaults(**checkpoint["config"] | dict(device=None, compile=False,
+                                                          overwrite=False))
     else:
-        parser.set_defaults(data=data, path=path, **RECIPES.get(data, RECIPES["folder"]))
+        parser.set_defaults(data=data, path=path, **RECIPES.get(data, RECIPES[None]))
     args = parser.parse_args(argv)
     args.out = str(out)
     choose_device(args)
@@ -1159,7 +1160,7 @@ def open_model(args):
 
 
 def open_reference(args, config):
-    """The images of --reference, for a result that can be kept beside the checkpoint."""
+    """The images of --reference; UserError also where no result could be kept beside --ckpt."""
     args.reference = args.reference or ("train" if config.data not in RECIPES else "test")
     own = args.reference in ("train", "test")
     data = config.data if own else args.reference
@@ -1230,7 +1231,7 @@ def run_fid(parser, argv):
                             "name it by --inception FILE, or take --features pixels") from None
     parts = in_batches(len(images), args.batch, "reference")
     real = fit_gaussian(features(images[part]) for part in parts)
-    several = np.ravel(args.steps).tolist()
+    several = np.ravel(args.steps).tolist()  # one, several or None; report() keeps the one in use
     for args.steps in several:
         found, nfes, since = [], [], time.perf_counter()
         for made, nfe in make_images(velocity, in_batches(args.n, args.batch, "images"), args):
@@ -1287,9 +1288,9 @@ PICTURE = {
     "--out": dict(default="paths.png", help="file of the picture"),
     "--overwrite": OUT["--overwrite"]}
 COMMANDS = {  # what runs, its flags, and defaults that differ from those of the rows
-    "train": (run_train, COMMON | OUT | TRAIN, dict(solver=None)),
-    "sample": (run_sample, COMMON | OUT | MODEL | GUIDANCE | SAMPLE, {}),
-    "fid": (run_fid, COMMON | MODEL | GUIDANCE | REFERENCE | FID,
+    "train": (run_train, COMMON | MIXED | OUT | TRAIN, dict(solver=None, flip=False)),
+    "sample": (run_sample, COMMON | MIXED | OUT | MODEL | GUIDANCE | SAMPLE, {}),
+    "fid": (run_fid, COMMON | MIXED | MODEL | GUIDANCE | REFERENCE | FID,
             dict(n=50_000, reference="train")),
     "nll": (run_nll, COMMON | MODEL | REFERENCE | NLL,
             dict(n=128, batch=32, solver="dopri5", guidance=1.0, amp="off")),

@@ -156,7 +156,7 @@ def test_a_path_is_the_paper_s_and_theorem_3_is_psi_s_derivative_and_eqs_17_19_2
         "vp": -(0.1 + 19.9 * s) / 2 * ((-T).exp() * x - (-T / 2).exp() * x_1) / (1 - (-T).exp()),
         "ot": (x_1 - (1 - 1e-4) * x) / (1 - (1 - 1e-4) * t[:, None])}[name]
     close(fm.conditional_velocity(path, x, x_1, t), expected, rtol=1e-9, atol=1e-9)
-    alpha, sigma, d_alpha, d_sigma = fm.coefficients(path, t, x)
+    alpha, sigma, d_alpha, d_sigma = (fm.expand(c, x) for c in path(t))
     u = fm.conditional_velocity(path, alpha * x_1 + sigma * x, x_1, t)
     close(u, d_alpha * x_1 + d_sigma * x, rtol=1e-9, atol=1e-9)
 
@@ -1296,6 +1296,11 @@ def test_resume_takes_what_was_typed_and_refuses_what_would_be_another_training(
                  "--size 16", "--classes"):
         name = flag.split()[0]
         assert name in refuse(f"{RESUME} runs/set-ot --steps 9 {flag}")
+    run(f"{command} --steps 1 --overwrite --path vp --out over")  # is not what a resumed run does
+    Path("over/step-000001.png").rename("over/step-000000.png")
+    run(f"{RESUME} over --steps 2")
+    run(f"{RESUME} over --steps 3 --overwrite")
+    assert len([*Path("over").glob("step-*.png")]) == 3
     rms = load("runs/set-vp")["config"]["data_rms"]
     write_folder("other", n=4)
     run(f"{RESUME} runs/set-vp --steps 4 --data other")
@@ -1304,8 +1309,9 @@ def test_resume_takes_what_was_typed_and_refuses_what_would_be_another_training(
 
 def test_a_folder_s_levels_go_down_to_maps_of_about_8_and_attention_is_there():
     write_folder("set", n=2)
+    os.rename("set", "folder")  # no name of a folder means anything else
     for size, levels, coarsest in ((8, 1, 8), (64, 4, 8), (50, 4, 7), (256, 6, 8)):
-        command = f"train --data set --size {size} --width 4 --blocks 1 --batch 2 --steps 1"
+        command = f"train --data folder --size {size} --width 4 --blocks 1 --batch 2 --steps 1"
         run(f"{command} --save-every 1 --overwrite --out run --device cpu")
         kept = load("run")["config"]
         assert kept["mults"] == [1, 2, 2, 2, 2, 2][:levels] and kept["attention"] == [coarsest]
@@ -1363,6 +1369,7 @@ REFUSED = {
         "--mults 1,,2": "--mults", "--attention 3": "[3] [16, 8, 4]", "--device cuda": "cpu",
         "--device cuda:1": "cuda:1 cpu", "--device gpu": "gpu", "--width 4000000000": "4096",
         "--data empty": "with images", "--data splits": "name one train",
+        "--data flat --data-dir other.pth": "other.pth",
         "--data broken": "bomb.png cut.png empty.png page.png float.tiff long.tiff",
         "--data Splits": "name one Train", "--data loose": "x.png", "--data mnist": "--data digits",
         "--data fashion-mnist": "--data-dir", "--data cifar10 --attention none": "--data-dir",
@@ -1393,7 +1400,7 @@ REFUSED = {
     "": {"nll --ckpt tiny.pt --n 1 --reference train": "two", "paths --x y": "--x",
          "nll --ckpt tiny.pt --reference colour": "3 channels",
          "paths --out other.pth/x.png": "other.pth is no folder",
-         "paths --seed -1": "--seed", "fid --n 0": "--n", "fid --steps 5,0": "--steps",
+         "nll --ckpt tiny.pt --amp bf16": "--amp", "paths --seed -1": "--seed", "fid --n 0": "--n", "fid --steps 5,0": "--steps",
          "nll --ckpt tiny.pt --k 0": "--k"},
     "fid --ckpt tiny.pt": {
         "--inception other.pth": "--inception FILE", "--inception nowhere.pth": "nowhere.pth",
