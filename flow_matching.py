@@ -925,7 +925,8 @@ def train(config, checkpoint=None):
                 file.unlink()
         logged = open(os.devnull if rank else out / "log.jsonl", "w", buffering=1)
         logged.writelines(json.dumps(row) + "\n" for row in log)  # anew, from the checkpoint
-    print(f"{config.data}: {len(images):,} images of {(*images.shape[1:],)}, classes {found['names'][:5]}\n"
+    print(f"{config.data}: {len(images):,} images of {(*images.shape[1:],)}, classes "
+          f"{config.names[:5] or 'not used'}\n"
           f"{sum(p.numel() for p in velocity.parameters()):,} parameters, path {config.path}, amp "
           f"{config.amp}, {world} x {device}, {config.steps:,} steps of {config.batch} into {out}/")
 
@@ -1054,7 +1055,7 @@ MODEL = {
     "--tolerance": dict(type=share, default=1e-5, help="of dopri5, relative and absolute")}
 GUIDANCE = {"--guidance": dict(type=number(float, 0), default=1.0, help="scale; 1 is none")}
 REFERENCE = {
-    "--reference": dict(help="train, test, a data set or a folder; default: train, of nll test if any"),
+    "--reference": dict(help="train, test, a data set or a folder; default: train; of nll, test"),
     "--data-dir": dict(help="of downloads and decoded images; default: as in training")}
 SAMPLE = {
     "--label": dict(help="class to make; default: all in turn"),

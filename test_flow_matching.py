@@ -1400,7 +1400,8 @@ REFUSED = {
     "": {"nll --ckpt tiny.pt --n 1 --reference train": "two", "paths --x y": "--x",
          "nll --ckpt tiny.pt --reference colour": "3 channels",
          "paths --out other.pth/x.png": "other.pth is no folder",
-         "nll --ckpt tiny.pt --amp bf16": "--amp", "paths --seed -1": "--seed", "fid --n 0": "--n", "fid --steps 5,0": "--steps",
+         "nll --ckpt tiny.pt --amp bf16": "--amp",
+         "paths --seed -1": "--seed", "fid --n 0": "--n", "fid --steps 5,0": "--steps",
          "nll --ckpt tiny.pt --k 0": "--k"},
     "fid --ckpt tiny.pt": {
         "--inception other.pth": "--inception FILE", "--inception nowhere.pth": "nowhere.pth",
