@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 import flow_matching as fm
 
-SMALL = "--size 8 --width 16 --mults 1,2 --batch 4 --overwrite --steps"
+SMALL = "--size 8 --width 16 --mults 1,2 --batch 32 --overwrite --steps"
 A = f"train --out a --classes --coupling ot --flip --attention 4 --dropout 0.1 {SMALL}"
 B = f"train --out b --path vp --time logit-normal {SMALL}"
 COMMANDS = [f"{A} 2", f"{A} 3", f"{B} 2", f"{B} 3", "train --out a --resume --steps 4",
