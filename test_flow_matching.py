@@ -327,7 +327,28 @@ def test_likelihood_is_by_the_jacobian_of_sampling_and_hutchinson_is_unbiased(na
     assert (x_1 - x_0).abs().min() > 0.01
 
 
+def test_the_graph_of_a_likelihood_is_released_with_its_last_probe(monkeypatch):
+    """A compiled network with one probe relies on that; x may also be of shape (B,)."""
+    kept, grad = [], torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *args, retain_graph: (
+        kept.append(retain_graph) or grad(*args, retain_graph=retain_graph)))
+    fm.log_likelihood(stir, double(3, 2), solver="euler", steps=2)
+    assert kept == [True, False] * 2
+    flat, _ = fm.log_likelihood(lambda x, t: -x, X_0[:, 0], solver="rk4")
+    close(flat, fm.log_likelihood(lambda x, t: -x, X_0[:, :1], solver="rk4")[0])
+
+
 # §5  Coupling, guidance, noise ------------------------------------------------------------------
+def test_guidance_hands_over_what_a_network_takes_for_no_label():
+    def v(x, t, y):
+        return x * y[:, None]
+
+    x, y = torch.ones(2, 1), torch.tensor([3.0, 4.0])
+    guided = fm.guided(v, y, 2.0, null=torch.ones(2))
+    assert guided(x, None).tolist() == [[5], [7]]  # 1 + 2 (y - 1)
+    assert fm.guided(v, y)(x, None).tolist() == [[3], [4]]
+
+
 def test_ot_coupling_is_the_best_permutation_and_with_labels_within_each_class():
     x_0, x_1 = double(6, 1, 2, 2), double(6, 1, 2, 2, seed=1)
     best = min(itertools.permutations(range(6)),
@@ -339,6 +360,9 @@ def test_ot_coupling_is_the_best_permutation_and_with_labels_within_each_class()
         assert torch.equal(coupled[y == k].sort(0)[0], x_0[y == k].sort(0)[0])
         assert torch.equal(coupled[y == k], fm.ot_coupling(x_0[y == k], x_1[y == k]))
     assert not torch.equal(coupled, x_0)
+    assert torch.equal(fm.ot_coupling(x_0, x_1 + 10 * y[:, None], y[:, None]), coupled)
+    x_0, x_1 = x_0.bfloat16(), x_1.bfloat16()  # the distances are float32
+    assert torch.equal(fm.ot_coupling(x_0, x_1).float(), fm.ot_coupling(x_0.float(), x_1.float()))
 
 
 def test_noise_is_normal_and_depends_on_seed_and_index_alone():
@@ -628,6 +652,9 @@ def test_decoded_images_are_kept_and_made_again_if_damaged_or_if_a_file_changed(
     for damage in (b"", whole[:-100], whole + b"more"):
         raw.write_bytes(damage)
         assert torch.equal(again()[0], images) and raw.read_bytes() == whole
+    maps = Path("/proc/self/maps")  # shared: what is private is refused above memory and swap
+    maps = maps.read_text().splitlines() if maps.exists() else []
+    assert all(line.split()[1] == "r--s" for line in maps if line.endswith(str(raw.resolve())))
     raw.chmod(0o444)
     file, kept = Path("set/class0/000.png"), Path("set/class0/000.png").read_bytes()
     file.write_bytes(Path("set/class0/002.png").read_bytes())
@@ -877,6 +904,53 @@ def test_two_ranks_that_are_killed_go_on_bit_by_bit_and_on_one_rank_to_rounding(
     run(f"{RESUME} moved")
     # float32 sums in another order differ by 1e-7; 12 steps at a high rate amplify that.
     np.testing.assert_allclose(losses("moved"), losses("whole"), rtol=1e-4)
+
+
+def test_a_run_of_several_ranks_names_torchrun_and_a_launcher_may_leave_out_the_local_rank(
+        monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(fm, "train", lambda args, checkpoint: signal.SIGTERM)
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), pytest.raises(SystemExit) as stop:
+        fm.main(["train", "--out", "my run"])
+    assert "torchrun --nproc_per_node=2 flow_matching.py train --resume --out 'my run'" in (
+        said.getvalue()) and stop.value.code == 128 + signal.SIGTERM
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    ranks = unittest.mock.Mock(**{"get_rank.return_value": 0, "get_world_size.return_value": 3})
+    monkeypatch.setattr(fm, "dist", ranks)
+    assert fm.start_ranks(CPU) == (0, 3, 0)
+
+
+def test_the_grid_is_sampled_in_batches_of_the_run(tiny, monkeypatch):
+    sizes, sample = [], fm.sample
+    monkeypatch.setattr(fm, "sample", lambda v, noise, *path, **solver: (
+        sizes.append(len(noise)) or sample(v, noise, *path, **solver)))
+    run(f"{tiny[0]} --steps 1 --batch 24 --out run")
+    assert sizes == [24, 24, 16]
+
+
+@pytest.mark.parametrize("terminal, lines", [(True, 8), (False, 1)])
+def test_progress_is_in_place_at_a_terminal_and_a_line_a_minute_in_a_file(
+        terminal, lines, monkeypatch):
+    said = io.StringIO()
+    said.isatty = lambda: terminal
+    with contextlib.redirect_stdout(said):
+        assert [*itertools.chain(*fm.in_batches(15, 2, "images"))] == [*range(15)]
+        assert said.getvalue().count(" left") == lines
+        assert said.getvalue().count("\n") == 1 and "15/15" in said.getvalue()
+        clock = itertools.count(0, 25)  # a batch: 25 seconds
+        monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+        for _ in fm.in_batches(15, 2, "slow"):
+            pass
+    assert said.getvalue().count("slow") == (8 if terminal else 3)
+
+
+def test_drawn_digits_beside_a_folder_of_that_name(monkeypatch):
+    monkeypatch.setattr(fm, "train", lambda args, checkpoint: 0)
+    write_folder("digits", n=2)
+    run("train --data digits --out digits/run")
+    assert "inside" in refuse("train --data ./digits --out digits/run")
 
 
 def become(monkeypatch, rank):
