@@ -71,7 +71,7 @@ def refuse(command, *more):
     """A command line that must be refused: status 2 and one line of error, which is returned."""
     with contextlib.redirect_stderr(io.StringIO()) as said, pytest.raises(SystemExit) as stop:
         run(command, *more)
-    error = said.getvalue()
+    error = re.sub("^Downloading: .*\n", "", said.getvalue())  # torch.hub says what it begins
     assert stop.value.code == 2 and error.count("\n") == 1 and error.endswith("\n"), error
     assert error.startswith(f"flow_matching.py {command.split()[0]}: error: "), error
     return error
