@@ -567,28 +567,18 @@ class UserError(ValueError):
 
 
 @contextlib.contextmanager
-def own_files():
-    """Around the program's own reading and writing: an OSError becomes a UserError."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(f"{error}: is the disk full, or not to be written to?") from None
-
-
-@contextlib.contextmanager
 def atomic(file):
     """An open file that replaces `file` when the block ends: whole, or not at all."""
     temporary = file.with_name(f"{file.name}.{os.getpid()}.tmp")
-    with own_files():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with open(temporary, "wb") as f:
-                yield f
-                f.flush()
-                os.fsync(f.fileno())
-            os.replace(temporary, file)
-        finally:
-            temporary.unlink(missing_ok=True)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with open(temporary, "wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def in_batches(n, size, what):
@@ -627,10 +617,10 @@ def draw_digits(n, size, seed=0):
     return images, torch.from_numpy(labels), list("0123456789")
 
 
-def decode(file, size):
-    """An image file's central square, upright, as RGB bytes in (3, size, size) order; or an error.
+def decode(file, size, bad):
+    """An image file's central square, upright, as RGB bytes in (3, size, size) order.
 
-    The error is returned, not raised, so that all files that do not decode can be named.
+    Of a file that does not decode: b"", and what is wrong with it is added to the list `bad`.
     """
     try:
         with Image.open(file) as image:
@@ -643,7 +633,8 @@ def decode(file, size):
         white = Image.new("RGBA", image.size, "white")
         return pil_to_tensor(Image.alpha_composite(white, image))[:3].numpy().tobytes()
     except Exception as error:  # Pillow raises a dozen kinds
-        return UserError(f"{file}: {error}")
+        bad.append(f"{file}: {error}")
+        return b""
 
 
 def load_folder(folder, data_dir, size, classes=False):
@@ -679,11 +670,9 @@ def load_folder(folder, data_dir, size, classes=False):
     if not cache.is_file() or cache.stat().st_size != math.prod(shape):
         with atomic(cache) as f, ThreadPoolExecutor() as pool:
             for part in in_batches(len(files), 256, "decoding"):
-                for image in pool.map(lambda i: decode(files[i], size), part):
-                    bad += [image] if isinstance(image, UserError) else []
-                    f.write(b"" if isinstance(image, UserError) else image)
+                f.writelines(pool.map(lambda i: decode(files[i], size, bad), part))
             if bad:
-                raise UserError(f"{len(bad)} files are no images: {'; '.join(map(str, bad))}")
+                raise UserError(f"{len(bad)} files are no images: {'; '.join(bad)}")
     warnings.filterwarnings("ignore", "The given NumPy array is not writable")
     images = torch.from_numpy(np.memmap(cache, np.uint8, "r", shape=shape))
     grey = all(torch.equal(part[:, :2], part[:, 1:]) for part in images.split(1000))
@@ -813,23 +802,21 @@ def load(file, device="cpu"):
     return velocity.to(device).eval().requires_grad_(False)
 
 
-def make_images(velocity, parts, args, label=None):
+def make_images(velocity, parts, seed=0, amp="off", guidance=1.0, label=None, **solver):
     """Images of the noises numbered in parts: yields uint8 (B, C, H, W) on the CPU, and the NFE.
 
-    With classes, image i is of `label`, or of class i mod K.  args: seed, guidance, amp, solver,
-    steps and tolerance.
+    With classes, image i is of `label`, or of class i mod K.  solver: as for odeint.
     """
     config, device = velocity.config, next(velocity.parameters()).device
     names, v = config.names, velocity
     for part in parts:
-        noise = draw_noise(args.seed, part, (config.channels, config.size, config.size))
+        noise = draw_noise(seed, part, (config.channels, config.size, config.size))
         if names:
             y = [names.index(label) if label else i % len(names) for i in part]
-            v = guided(velocity, torch.tensor(y).to(device), args.guidance)
-        with torch.autocast(device.type, AMP.get(args.amp), enabled=args.amp in AMP):
-            x, nfe = sample(v, noise.to(device), PATHS[config.path], solver=args.solver,
-                            steps=args.steps, tolerance=args.tolerance)
-        yield to_uint8(x).cpu(), nfe if args.guidance == 1 else 2 * nfe
+            v = guided(velocity, torch.tensor(y).to(device), guidance)
+        with torch.autocast(device.type, AMP.get(amp), enabled=amp in AMP):
+            x, nfe = sample(v, noise.to(device), PATHS[config.path], **solver)
+        yield to_uint8(x).cpu(), nfe if guidance == 1 else 2 * nfe
 
 
 def save(state, step, log, grid):
@@ -839,10 +826,8 @@ def save(state, step, log, grid):
     if not all(p.isfinite().all() for p in ema.parameters()):
         raise UserError(f"the weights of step {step} are not finite: try a lower --lr")
     if grid:
-        args = argparse.Namespace(seed=0, guidance=1, amp=config.amp, solver="midpoint", steps=20,
-                                  tolerance=1e-5)
         parts = [range(64)[i : i + config.batch] for i in range(0, 64, config.batch)]
-        images = torch.cat([images for images, _ in make_images(ema, parts, args)])
+        images = torch.cat([images for images, _ in make_images(ema, parts, amp=config.amp)])
         save_grid(images, 8, out / f"step-{step:06d}.png")
     kept, buffer = {name: part.state_dict() for name, part in state.items()}, io.BytesIO()
     torch.save(kept | dict(step=step, config=vars(config), log=log), buffer)
@@ -850,9 +835,23 @@ def save(state, step, log, grid):
         f.write(buffer.getbuffer())
 
 
+def start_state(velocity, checkpoint=None):
+    """The network and what is trained with it, as it begins or as a checkpoint has it."""
+    ema, config = copy.deepcopy(velocity).eval().requires_grad_(False), velocity.config
+    adam = torch.optim.Adam(velocity.parameters(), fused=True)
+    device = next(velocity.parameters()).device
+    scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
+    state = dict(model=velocity, ema=ema, optimizer=adam, scaler=scaler)
+    for name, part in state.items() if checkpoint else ():
+        if checkpoint[name]:  # of a scaler that was off there is nothing
+            part.load_state_dict(checkpoint[name])
+    return state
+
+
 def train_step(model, state, step, batch):
     """One step of Adam and of the average of the weights; returns the loss."""
-    velocity, ema, optimizer, scaler = state.values()
+    velocity, ema = state["model"], state["ema"]
+    optimizer, scaler = state["optimizer"], state["scaler"]
     config, (x_1, y, x_0, t) = velocity.config, batch
     with torch.autocast(t.device.type, AMP.get(config.amp), enabled=config.amp in AMP):
         weight = velocity.weight(t) if config.path != "ot" else 1.0
@@ -899,35 +898,30 @@ def train(config, checkpoint=None):
                                       classes=config.classes)
     if local == 0 and world > 1:
         dist.barrier()
-    found = dict(channels=images.shape[1], names=names if config.classes else [])
-    if not checkpoint:
-        rms = to_float(images[:: 1 + len(images) // 1000]).square().mean().sqrt().item()
-        vars(config).update(found, data_rms=rms)
-    elif not found.items() <= vars(config).items():
+    channels, names = images.shape[1], names if config.classes else []
+    if checkpoint and (channels, names) != (config.channels, config.names):
         raise UserError(f"{config.data} has other channels or classes than {out}")
+    if not checkpoint:
+        config.channels, config.names = channels, names
+        few = to_float(images[:: 1 + len(images) // 1000])
+        config.data_rms = few.square().mean().sqrt().item()
     if device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info(device)[1] / 4:
         images, labels = images.to(device), labels.to(device)
 
     torch.manual_seed(config.seed)
     layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
     velocity = build(config).to(device, memory_format=layout)
-    state = dict(model=velocity, ema=copy.deepcopy(velocity).eval().requires_grad_(False),
-                 optimizer=torch.optim.Adam(velocity.parameters(), fused=True),
-                 scaler=torch.amp.GradScaler(device.type, enabled=config.amp == "fp16"))
+    state = start_state(velocity, checkpoint)
     start, log = (checkpoint["step"], checkpoint["log"]) if checkpoint else (0, [])
-    for name, part in state.items():
-        if checkpoint and checkpoint[name]:  # {}: the scaler was off
-            part.load_state_dict(checkpoint[name])
     model = nn.parallel.DistributedDataParallel(velocity) if world > 1 else velocity
     model = torch.compile(model) if config.compile else model  # saved and averaged as it is
     torch.backends.cudnn.benchmark = True  # shapes are fixed
-    with own_files():
-        out.mkdir(parents=True, exist_ok=True)
-        if config.overwrite and rank == 0 and not checkpoint:
-            for file in [*out.glob("step-[0-9]*.png"), *out.glob("checkpoint.pt")]:
-                file.unlink()
-        logged = open(os.devnull if rank else out / "log.jsonl", "w", buffering=1)
-        logged.writelines(json.dumps(row) + "\n" for row in log)  # anew, from the checkpoint
+    out.mkdir(parents=True, exist_ok=True)
+    if config.overwrite and rank == 0 and not checkpoint:
+        for file in [*out.glob("step-[0-9]*.png"), *out.glob("checkpoint.pt")]:
+            file.unlink()
+    logged = open(os.devnull if rank else out / "log.jsonl", "w", buffering=1)
+    logged.writelines(json.dumps(row) + "\n" for row in log)  # anew, from the checkpoint
     print(f"{config.data}: {len(images):,} images of {(*images.shape[1:],)}, classes "
           f"{config.names[:5] or 'not used'}\n"
           f"{sum(p.numel() for p in velocity.parameters()):,} parameters, path {config.path}, amp "
@@ -953,8 +947,7 @@ def train(config, checkpoint=None):
             rate = len(losses) / (time.perf_counter() - since)
             left = timedelta(seconds=int((config.steps - step) / rate))
             log.append(dict(step=step, loss=loss.item(), images_per_second=config.batch * rate))
-            with own_files():
-                print(json.dumps(log[-1]), file=logged)
+            print(json.dumps(log[-1]), file=logged)
             print(f"step {step:,}/{config.steps:,}  {config.batch * rate:,.0f} images/s  "
                   f"{left} left  loss {loss:.4f}", flush=True)
             since, losses = time.perf_counter(), []
@@ -1063,7 +1056,6 @@ SAMPLE = {
     "--label": dict(help="class to make; default: all in turn"),
     "--out": dict(help="NAME.png or a folder; default: samples.png beside the checkpoint")}
 FID = {
-    "--steps": dict(type=integers, help="of the solver, one number or several, 5,10; default: 20"),
     "--features": dict(choices=["inception", "pixels"], default="inception", help="of images"),
     "--inception": dict(help="file of its weights; default: downloaded")}
 NLL = {
@@ -1150,10 +1142,10 @@ def run_train(parser, argv):
 
 def open_model(args):
     """The averaged network of --ckpt; fills in the flags that depend on what is there."""
-    if args.solver == "dopri5" and args.steps:
-        raise UserError("dopri5 chooses its steps: leave out --steps, or take --solver rk4")
     if args.solver != "dopri5":
         args.steps = args.steps or 20
+    elif args.steps:
+        raise UserError("dopri5 chooses its steps: leave out --steps, or take --solver rk4")
     file = Path(args.ckpt or newest("checkpoint.pt"))
     args.ckpt = file / "checkpoint.pt" if file.is_dir() else file
     choose_device(args)
@@ -1167,11 +1159,8 @@ def open_model(args):
 
 def open_reference(args, config):
     """The images of --reference; UserError also where no result could be kept beside --ckpt."""
-    args.reference = args.reference or ("train" if config.data not in RECIPES else "test")
-    own = args.reference in ("train", "test")
-    data = config.data if own else args.reference
-    if own and data not in RECIPES and not Path(data).is_dir():
-        raise UserError(f"the training's folder {data} is not here: name it by --reference")
+    args.reference = args.reference or ("test" if config.data in RECIPES else "train")
+    data = config.data if args.reference in ("train", "test") else args.reference
     images, _, _ = load_data(data, args.data_dir or config.data_dir, config.size,
                              test=args.reference == "test")
     if images.shape[1] != config.channels:
@@ -1185,7 +1174,7 @@ def open_reference(args, config):
 def report(args, text, nfes, since, **row):
     """Keeps a row of results, with all flags, beside the checkpoint; then prints it."""
     row |= dict(nfe=np.mean(nfes), seconds=time.perf_counter() - since)
-    with own_files(), open(args.ckpt.with_name("results.jsonl"), "a") as results:
+    with open(args.ckpt.with_name("results.jsonl"), "a") as results:
         print(json.dumps(vars(args) | row, default=str), file=results)
     print(f"{text}, {args.solver}, NFE {row['nfe']:g}, {row['seconds']:.1f} s", flush=True)
 
@@ -1201,18 +1190,20 @@ def run_sample(parser, argv):
     folder = out.suffix.lower() != ".png"
     check_out(out, args.overwrite or not args.out, folder)
     if folder:
-        with own_files():
-            out.mkdir(parents=True, exist_ok=True)
-            for old in out.glob("[0-9]" * 6 + ".png"):
-                old.unlink()
+        out.mkdir(parents=True, exist_ok=True)
+        for old in out.glob("[0-9]" * 6 + ".png"):
+            old.unlink()
     if args.compile:
         velocity = torch.compile(velocity)
-    parts = in_batches(args.n, args.batch, "images")
-    for images, nfe in make_images(velocity, parts, args, args.label):
-        for i, image in enumerate(images if folder else [], len(nfes)):
-            with own_files():
+    made = make_images(velocity, in_batches(args.n, args.batch, "images"), args.seed, args.amp,
+                       args.guidance, args.label, solver=args.solver, steps=args.steps,
+                       tolerance=args.tolerance)
+    for images, nfe in made:
+        if not folder:
+            grid += images
+        else:
+            for i, image in enumerate(images, len(nfes)):
                 to_pil_image(image).save(out / f"{i:06d}.png")
-        grid += [] if folder else images
         nfes += [nfe] * len(images)
     if grid:  # with classes, a class a column
         K = 1 if args.label else max(1, len(names))
@@ -1237,15 +1228,16 @@ def run_fid(parser, argv):
                             "name it by --inception FILE, or take --features pixels") from None
     parts = in_batches(len(images), args.batch, "reference")
     real = fit_gaussian(features(images[part]) for part in parts)
-    several = np.ravel(args.steps).tolist()  # one, several or None; report() keeps the one in use
-    for args.steps in several:
-        found, nfes, since = [], [], time.perf_counter()
-        for made, nfe in make_images(velocity, in_batches(args.n, args.batch, "images"), args):
-            found.append(features(made))
-            nfes += [nfe] * len(made)
-        distance = frechet_distance(*fit_gaussian(found), *real)
-        text = f"{title} {distance:.4f}: {args.n:,} made, {len(images):,} of {args.reference}"
-        report(args, text, nfes, since, frechet_distance=distance, n_reference=len(images))
+    found, nfes, since = [], [], time.perf_counter()
+    made = make_images(velocity, in_batches(args.n, args.batch, "images"), args.seed, args.amp,
+                       args.guidance, solver=args.solver, steps=args.steps,
+                       tolerance=args.tolerance)
+    for part, nfe in made:
+        found.append(features(part))
+        nfes += [nfe] * len(part)
+    distance = frechet_distance(*fit_gaussian(found), *real)
+    text = f"{title} {distance:.4f}: {args.n:,} made, {len(images):,} of {args.reference}"
+    report(args, text, nfes, since, frechet_distance=distance, n_reference=len(images))
     if args.n < 50_000:
         print("under 50,000 images: not comparable with papers")
     if min(args.n, len(images)) <= D:
@@ -1327,6 +1319,10 @@ def main(argv=None):
         sys.exit(130)
     except (UserError, FloatingPointError) as error:
         command.error(" ".join(str(error).split()))
+    except OSError as error:
+        if error.errno is None:  # not the system's
+            raise
+        command.error(f"{error}: is the disk full, or not to be read or written?")
     except (MemoryError, RuntimeError) as error:
         memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if not memory and "allocate memory" not in str(error):
