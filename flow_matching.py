@@ -902,9 +902,8 @@ def train(config, checkpoint=None):
     if checkpoint and (channels, names) != (config.channels, config.names):
         raise UserError(f"{config.data} has other channels or classes than {out}")
     if not checkpoint:
-        config.channels, config.names = channels, names
-        few = to_float(images[:: 1 + len(images) // 1000])
-        config.data_rms = few.square().mean().sqrt().item()
+        rms = to_float(images[:: 1 + len(images) // 1000]).square().mean().sqrt().item()
+        vars(config).update(channels=channels, names=names, data_rms=rms)
     if device.type != "cuda" or images.nbytes < torch.cuda.mem_get_info(device)[1] / 4:
         images, labels = images.to(device), labels.to(device)
 
@@ -915,7 +914,6 @@ def train(config, checkpoint=None):
     start, log = (checkpoint["step"], checkpoint["log"]) if checkpoint else (0, [])
     model = nn.parallel.DistributedDataParallel(velocity) if world > 1 else velocity
     model = torch.compile(model) if config.compile else model  # saved and averaged as it is
-    torch.backends.cudnn.benchmark = True  # shapes are fixed
     out.mkdir(parents=True, exist_ok=True)
     if config.overwrite and rank == 0 and not checkpoint:
         for file in [*out.glob("step-[0-9]*.png"), *out.glob("checkpoint.pt")]:
@@ -1313,6 +1311,7 @@ def main(argv=None):
         return parser.parse_args(argv or ["--help"])
     run, command = COMMANDS[argv[0]][0], commands.choices[argv[0]]
     torch.backends.cudnn.allow_tf32 = False  # it keeps three digits; whoever wants speed has bf16
+    torch.backends.cudnn.benchmark = True  # shapes are fixed
     try:
         run(command, argv[1:])
     except KeyboardInterrupt:
