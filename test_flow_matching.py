@@ -467,6 +467,7 @@ def test_a_network_of_another_type_trains_samples_and_has_a_likelihood(name, kin
 def test_a_network_of_any_width_works_and_a_height_without_a_map_is_refused(width):
     x, t = torch.zeros(2, 3, 8, 8), torch.zeros(2)
     assert fm.UNet(3, 8, width, (1, 3), 1, (4,))(x, t).shape == x.shape
+    assert not any(isinstance(m, fm.Attention) for m in fm.UNet(3, 8, width, (1,), 1, ()).modules())
     with pytest.raises(ValueError, match=r"heights \[8, 4\]"):
         fm.UNet(3, 8, width, (1, 3), 1, (3,))
 
@@ -1243,8 +1244,9 @@ def test_nll_is_the_likelihood_by_hand_of_images_of_its_split(models, name, monk
         assert row["standard_error"] == approx(bits.std().item() / 3**0.5, rel=1e-3)
         assert (row["n"], row["nfe"], row["k"], row["seed"]) == (3, nfe, 2, 0)
         assert (row["solver"], row["steps"], row["reference"]) == ("rk4", 3, "test")
-    # uniform over [-1, 1]^64: each of 256 levels is as likely
+    # uniform over [-1, 1]^64: each of 256 levels is as likely; of densities 1 and 3 the mean is 2
     assert fm.bits_per_dim(torch.full((1, 1), -64 * math.log(2)), 64).item() == approx(8)
+    assert fm.bits_per_dim(times(1, 3).log()[None], 2).item() == approx(7 - 1 / 2)
     x, signs = x.reshape(3, 2, 64), signs.reshape(3, 2, 64)
     assert torch.equal(signs, signs[:, :1].expand(3, 2, 64)) and (signs.abs() == 1).all()
     assert len(torch.unique(signs[:, 0], dim=0)) == 3
