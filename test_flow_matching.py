@@ -928,7 +928,10 @@ def test_a_run_of_several_ranks_names_torchrun_and_a_launcher_may_leave_out_the_
     assert fm.start_ranks(CPU) == (0, 3, 0)
 
 
-def test_the_grid_is_sampled_in_batches_of_the_run(tiny, monkeypatch):
+def test_the_grid_is_of_the_average_without_dropout_in_batches_of_the_run(tiny, monkeypatch):
+    run(f"sample --ckpt {tiny[1]} --out made")
+    grid, made = tiles(tiny[1] / "step-000024.png", 64, 8), np.stack([*pngs("made").values()])
+    assert np.abs(grid - made).max() <= 1
     sizes, sample = [], fm.sample
     monkeypatch.setattr(fm, "sample", lambda v, noise, *path, **solver: (
         sizes.append(len(noise)) or sample(v, noise, *path, **solver)))
@@ -1172,6 +1175,8 @@ def test_paths_draws_the_data_where_it_is():
     panels = fm.draw_paths(torch.tensor([[2.0, 1.0]]), 0.1).float().mean(1)[:, 30:]  # untitled
     (y_0, x_0), (y, x) = (np.argwhere(panels[i].numpy() < 60).mean(0) / (270, 300) for i in (0, 4))
     assert x > 0.6 and y < 0.4 and abs(x_0 - 0.5) < 0.05 and abs(y_0 - 0.45) < 0.1
+    spreads = [np.argwhere(panels[i].numpy() < 60).std(0) for i in (4, 9, 14)]
+    assert np.ptp(spreads) < 0.2 * np.mean(spreads) and np.mean(spreads) > 4  # pixels: tau is 5
 
 
 # §11  Command line ------------------------------------------------------------------------------
@@ -1336,9 +1341,11 @@ def test_overwriting_replaces_what_was_made_and_nothing_else(tiny, models, monke
         run(f"{tiny[0]} --overwrite --out run")
     assert "no checkpoint" in refuse(f"{RESUME} run --steps 99")
     shutil.copytree(tiny[1], "run", dirs_exist_ok=True)
+    Path("run/mine.png").touch()
     run(f"{tiny[0]} --overwrite --out run --steps 3")
     assert load("run")["step"] == 3
-    assert sorted(os.listdir("run")) == ["checkpoint.pt", "log.jsonl", "step-000003.png"]
+    files = ["checkpoint.pt", "log.jsonl", "mine.png", "step-000003.png"]
+    assert sorted(os.listdir("run")) == files
 
 
 @pytest.mark.parametrize("out", ["pipe", "pipe.png", "link.png", "/dev/null"])
