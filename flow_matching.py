@@ -842,8 +842,8 @@ def start_state(velocity, checkpoint=None):
     device = next(velocity.parameters()).device
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
     state = dict(model=velocity, ema=ema, optimizer=adam, scaler=scaler)
-    for name, part in state.items() if checkpoint else ():
-        if checkpoint[name]:  # of a scaler that was off there is nothing
+    for name, part in state.items():
+        if checkpoint and checkpoint[name]:  # of a scaler that was off there is nothing
             part.load_state_dict(checkpoint[name])
     return state
 
@@ -1111,8 +1111,8 @@ def run_train(parser, argv):
     else:
         parser.set_defaults(data=data, path=path, **RECIPES.get(data, RECIPES[None]))
     args = parser.parse_args(argv)
-    for flag in FIXED if checkpoint else ():
-        if getattr(args, flag) != checkpoint["config"][flag]:
+    for flag in FIXED:
+        if checkpoint and getattr(args, flag) != checkpoint["config"][flag]:
             raise UserError(f"--{flag} cannot change: {out} has {checkpoint['config'][flag]}")
     args.out = str(out)
     choose_device(args)
