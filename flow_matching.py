@@ -1092,9 +1092,10 @@ def choose_device(args):
     except (RuntimeError, AssertionError, ImportError) as error:  # none, or not built for it
         raise UserError(f"no {name} works here ({error}): use --device cpu") from None
     args.device = name
-    if args.amp is None and "cuda" in name and args.solver != "dopri5":
+    adaptive = vars(args).get("solver") == "dopri5"  # it would take rounding for its error
+    if args.amp is None and "cuda" in name and not adaptive:
         args.amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    args.amp = args.amp or "off"  # dopri5 would take rounding for its error
+    args.amp = args.amp or "off"
 
 
 def run_train(parser, argv):
@@ -1284,7 +1285,7 @@ PICTURE = {
     "--out": dict(default="paths.png", help="file of the picture"),
     "--overwrite": OUT["--overwrite"]}
 COMMANDS = {  # what runs, its flags, and defaults that differ from those of the rows
-    "train": (run_train, COMMON | MIXED | OUT | TRAIN, dict(solver=None, flip=False)),
+    "train": (run_train, COMMON | MIXED | OUT | TRAIN, dict(flip=False)),
     "sample": (run_sample, COMMON | MIXED | OUT | MODEL | GUIDANCE | SAMPLE, {}),
     "fid": (run_fid, COMMON | MIXED | MODEL | GUIDANCE | REFERENCE | FID,
             dict(n=50_000, reference="train")),
