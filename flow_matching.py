@@ -129,7 +129,7 @@ def cfm_loss(v, path, x_1, x_0=None, t=None, weight=1.0):
     alpha, sigma, d_alpha, d_sigma = (expand(c, x_1) for c in path(t))
     u = d_alpha * x_1 + d_sigma * x_0
     velocity = v((alpha * x_1 + sigma * x_0).to(x_1.dtype), t)
-    if not velocity.shape == x_0.shape == x_1.shape or len(x_1) == 0:  # they would broadcast
+    if not velocity.shape == x_0.shape == x_1.shape or len(x_1) == 0:  # broadcast, or NaN
         shapes = [tuple(part.shape) for part in (velocity, x_0, x_1)]
         raise ValueError("velocity {}, x_0 {}, x_1 {}: must be of one shape, B > 0".format(*shapes))
     return (weight * (velocity - u).square().reshape(len(u), -1).mean(1)).mean()
@@ -198,7 +198,7 @@ def odeint(v, x, t_0=0.0, t_1=1.0, solver="midpoint", steps=20, tolerance=1e-5):
         nfe += 1
         times = torch.promote_types(x.dtype, torch.float32)
         u = v(x, torch.full((len(x),), t, dtype=times, device=x.device))
-        if u.shape != x.shape or u.is_complex() or not x.is_floating_point():
+        if u.shape != x.shape or not (u.is_floating_point() and x.is_floating_point()):
             raise ValueError(f"velocity {tuple(u.shape)}, {u.dtype} of x {tuple(x.shape)}, "
                              f"{x.dtype}: both must be real floats of one shape")
         return u.to(x.dtype)
@@ -231,7 +231,7 @@ def invert(v, x_1, path=ot_path, **solver):
     return x / path(x.new_zeros(1))[1], nfe
 
 
-@torch.inference_mode(False)  # in which no gradient could be taken
+@torch.inference_mode(False)  # inside inference mode no gradient could be taken
 @torch.no_grad()
 def log_likelihood(v, x_1, path=ot_path, probes=None, **solver):
     """log p_1(x_1) in nats, (B,), and the NFE: the change of variables along the flow.
@@ -604,16 +604,15 @@ def draw_digits(n, size, seed=0):
     maps = np.array([[cos, sin + slant, x], [-sin, cos, y]]) / scale  # from a pixel to its source
     maps = torch.from_numpy(maps.transpose(2, 0, 1)).float()  # (n, 2, 3)
     images, font = torch.empty(n, 1, size, size, dtype=torch.uint8), ImageFont.load_default(big)
-    for digit in range(10):
-        for stroke in range(1 + size // 8):
-            canvas = Image.new("L", (big, big))
-            ImageDraw.Draw(canvas).text((big / 2, big / 2), str(digit), 255, font, "mm",
-                                        stroke_width=stroke)
-            glyph = F.avg_pool2d(pil_to_tensor(canvas)[None].float(), 5, stride=1, padding=2)
-            mine = np.flatnonzero((labels == digit) & (strokes == stroke))
-            grid = F.affine_grid(maps[mine], (len(mine), 1, size, size), align_corners=False)
-            glyphs = glyph.expand(len(mine), -1, -1, -1)
-            images[mine] = F.grid_sample(glyphs, grid, align_corners=False).round().byte()
+    for digit, stroke in {*zip(labels.tolist(), strokes.tolist(), strict=True)}:
+        canvas = Image.new("L", (big, big))
+        ImageDraw.Draw(canvas).text((big / 2, big / 2), str(digit), 255, font, "mm",
+                                    stroke_width=stroke)
+        glyph = F.avg_pool2d(pil_to_tensor(canvas)[None].float(), 5, stride=1, padding=2)
+        mine = np.flatnonzero((labels == digit) & (strokes == stroke))
+        grid = F.affine_grid(maps[mine], (len(mine), 1, size, size), align_corners=False)
+        glyphs = glyph.expand(len(mine), -1, -1, -1)
+        images[mine] = F.grid_sample(glyphs, grid, align_corners=False).round().byte()
     return images, torch.from_numpy(labels), list("0123456789")
 
 
@@ -640,7 +639,7 @@ def decode(file, size, bad):
 def load_folder(folder, data_dir, size, classes=False):
     """All images below a folder, decoded once into a file in data_dir that need not fit in memory.
 
-    The subfolders are the classes, with `classes` at least two; images beside them have label K.
+    The subfolders are the classes, with `classes` at least two; images beside them: one label more.
     """
     root, found, others, bad = Path(folder).absolute(), {}, Counter(), []
     for name in sorted(glob.glob("**/*", root_dir=root, recursive=True)):
@@ -785,7 +784,7 @@ def read_checkpoint(file):
             raise ValueError("an optimizer or flags of another training")
         if not all(p.isfinite().all() for p in checkpoint["ema"].values()):
             raise ValueError("weights are not finite")
-        return {"step": 0, "log": [], "scaler": {}} | checkpoint
+        return checkpoint
     except Exception as error:  # torch, and a foreign dict, raise a dozen kinds
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:150]
         raise UserError(f"{file} is no whole checkpoint of this version ({reason})") from None
@@ -829,7 +828,8 @@ def save(state, step, log, grid):
         parts = [range(64)[i : i + config.batch] for i in range(0, 64, config.batch)]
         images = torch.cat([images for images, _ in make_images(ema, parts, amp=config.amp)])
         save_grid(images, 8, out / f"step-{step:06d}.png")
-    kept, buffer = {name: part.state_dict() for name, part in state.items()}, io.BytesIO()
+    kept = {name: part.state_dict() for name, part in state.items()}
+    buffer = io.BytesIO()  # into a file torch.save would hide that the disk is full
     torch.save(kept | dict(step=step, config=vars(config), log=log), buffer)
     with atomic(out / "checkpoint.pt") as f:
         f.write(buffer.getbuffer())
@@ -1010,7 +1010,7 @@ switch = argparse.BooleanOptionalAction
 COMMON = {
     "--seed": dict(type=natural, default=0, help="of all that is random"),
     "--device": dict(help="cuda, cuda:1, mps or cpu; default: the fastest here")}
-MIXED = {"--amp": dict(choices=[*AMP, "off"], help="precision; default: on CUDA, not for dopri5")}
+MIXED = {"--amp": dict(choices=[*AMP, "off"], help="precision; default: on CUDA bf16 or fp16")}
 OUT = {
     "--compile": dict(action="store_true", help="torch.compile the network"),
     "--overwrite": dict(action="store_true", help="replace what --out names")}
@@ -1028,7 +1028,7 @@ TRAIN = {
     "--width": dict(type=small, default=16, help="channels at full resolution"),
     "--mults": dict(type=integers, default="1,2,4", help="multiples of it, one per level"),
     "--blocks": dict(type=count, default=1, help="residual blocks per level"),
-    "--attention": dict(type=integers, default="none", help="heights of maps to attend at, 16,8"),
+    "--attention": dict(type=integers, default="none", help="heights of maps that attend, as 16,8"),
     "--dropout": dict(type=share, default=0.0, help="share of activations dropped"),
     "--batch": dict(type=count, default=32, help="images per step, over all ranks"),
     "--lr": dict(type=positive, default=2e-3, help="peak learning rate of Adam"),
@@ -1038,7 +1038,7 @@ TRAIN = {
     "--log-every": dict(type=count, default=50, help="steps between log lines"),
     "--save-every": dict(type=count, default=500, help="steps between checkpoints and grids"),
     "--out": dict(help="folder of the run; default: runs/DATA-PATH"),
-    "--resume": dict(action="store_true", help="go on with the run in --out, or the newest")}
+    "--resume": dict(action="store_true", help="go on with the run of --out, or the newest")}
 MODEL = {
     "--ckpt": dict(help="checkpoint, or the folder of its run; default: the newest in runs/"),
     "--n": dict(type=count, default=64, help="images"),
@@ -1048,7 +1048,7 @@ MODEL = {
     "--tolerance": dict(type=share, default=1e-5, help="of dopri5, relative and absolute")}
 GUIDANCE = {"--guidance": dict(type=number(float, 0), default=1.0, help="scale; 1 is none")}
 REFERENCE = {
-    "--reference": dict(help="train, test, a data set or a folder; default: train; of nll, test"),
+    "--reference": dict(help="train, test, a data set or folder; default: train; nll: test if any"),
     "--data-dir": dict(help="of downloads and decoded images; default: as in training")}
 SAMPLE = {
     "--label": dict(help="class to make; default: all in turn"),
@@ -1062,15 +1062,18 @@ NLL = {
 
 
 def check_out(out, overwrite, folder=False, mine=()):
-    """UserError unless out can be written, and is new or holds only files named as `mine`."""
+    """UserError unless the file or folder out can be written, and is new or may be overwritten.
+
+    mine: patterns of the files that may be in a folder all the same.
+    """
     if os.path.lexists(out) and not (out.is_dir() or out.is_file()):
         raise UserError(f"{out} is a device or a broken link: name another place")
-    if out.is_dir() and not folder:
-        raise UserError(f"{out} is a folder: name a file")
+    if out.exists() and out.is_dir() != folder:
+        raise UserError(f"{out} is " + ("no folder" if folder else "a folder: name a file"))
     there = [*out.iterdir()] if out.is_dir() else [out] if out.is_file() else []
     if not overwrite and not all(any(file.match(name) for name in mine) for file in there):
-        raise UserError(f"{out} exists: try --overwrite, or train --resume")
-    above = next(place for place in [*out.absolute().parents, Path("/")] if place.exists())
+        raise UserError(f"{out} exists: try --overwrite, or, to go on with a run, train --resume")
+    above = next(p for p in (out / "_" if folder else out).absolute().parents if p.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise UserError(f"{out} can't be written: {above} is no folder to write in")
 
@@ -1284,7 +1287,7 @@ PICTURE = {
     "--seed": COMMON["--seed"],
     "--out": dict(default="paths.png", help="file of the picture"),
     "--overwrite": OUT["--overwrite"]}
-COMMANDS = {  # what runs, its flags, and defaults that differ from those of the rows
+COMMANDS = {  # what runs, its flags, and defaults: other than in the rows, or of flags it lacks
     "train": (run_train, COMMON | MIXED | OUT | TRAIN, dict(flip=False)),
     "sample": (run_sample, COMMON | MIXED | OUT | MODEL | GUIDANCE | SAMPLE, {}),
     "fid": (run_fid, COMMON | MIXED | MODEL | GUIDANCE | REFERENCE | FID,
@@ -1327,7 +1330,7 @@ def main(argv=None):
         memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if not memory and "allocate memory" not in str(error):
             raise  # a fault of the code keeps its traceback
-        command.error("out of memory: lower --batch, --size or --width")
+        command.error("out of memory: lower --batch, or train a smaller network")
 
 
 if __name__ == "__main__":

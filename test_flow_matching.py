@@ -600,6 +600,7 @@ def test_every_level_is_the_nearest_one_and_survives_the_round_trip():
 
 def test_drawn_digits_can_be_told_apart():
     """A nearest-centroid classifier reads them; two calls draw the same, two splits do not."""
+    assert len(fm.draw_digits(3, 16)[0]) == 3
     images, labels, names = fm.load_data("digits", "", 16)
     again = fm.draw_digits(len(images), 16)
     assert torch.equal(images, again[0]) and torch.equal(labels, again[1])
@@ -722,6 +723,7 @@ def test_cifar10_loads_from_files_in_its_own_format(monkeypatch):
     (lambda: fm.odeint(swing, X_0.long()), "int64"),
     (lambda: fm.odeint(swing, X_0 + 0j), "complex"),
     (lambda: fm.odeint(lambda x, t: x * 1j, X_0), "complex"),
+    (lambda: fm.odeint(lambda x, t: x.long(), X_0), "int64"),
     (lambda: fm.odeint(lambda x, t: x[:, :1], X_0), r"\(3, 1\).*\(3, 2\)"),
     (lambda: fm.cfm_loss(lambda x, t: x[:, :1], fm.ot_path, X_0), r"velocity \(3, 1\)"),
     (lambda: fm.cfm_loss(swing, fm.ot_path, X_0, X_0[:, :1]), r"x_0 \(3, 1\)"),
@@ -1483,7 +1485,7 @@ REFUSED = {
         "--data fashion-mnist": "--data-dir", "--data cifar10 --attention none": "--data-dir",
         "--data flat --classes": "two subfolders", "--data deep --classes": "['test']",
         "--data flat --out flat/run": "inside", "--out images": "--overwrite",
-        "--out other.pth": "--overwrite", "--out other.pth --overwrite": "other.pth",
+        "--out other.pth": "other.pth is no folder", "--out other.pth --overwrite": "no folder",
         "--out other.pth/run": "other.pth is no folder"},
     "train --out run": {
         "": "--resume", "--overwrite --data nowhere": "nowhere",
