@@ -1177,6 +1177,7 @@ def test_paths_draws_the_data_where_it_is():
     panels = fm.draw_paths(torch.tensor([[2.0, 1.0]]), 0.1).float().mean(1)[:, 30:]  # untitled
     (y_0, x_0), (y, x) = (np.argwhere(panels[i].numpy() < 60).mean(0) / (270, 300) for i in (0, 4))
     assert x > 0.6 and y < 0.4 and abs(x_0 - 0.5) < 0.05 and abs(y_0 - 0.45) < 0.1
+    assert all((panels[i] < 60).sum() > 2000 for i in (0, 5, 10))  # all 400 are inside
     spreads = [np.argwhere(panels[i].numpy() < 60).std(0) for i in (4, 9, 14)]
     assert np.ptp(spreads) < 0.2 * np.mean(spreads) and np.mean(spreads) > 4  # pixels: tau is 5
 
