@@ -1135,6 +1135,7 @@ def run_train(parser, argv):
         check_out(out, args.overwrite, True, mine=["log.jsonl", "step-*.png", "*.tmp"])
     elif checkpoint["step"] >= args.steps:
         raise UserError(f"{out} is at step {checkpoint['step']:,}: ask for more --steps")
+    torch.backends.cudnn.benchmark = True  # shapes are fixed
     if stopped_by := train(args, checkpoint):
         ranks = os.environ.get("LOCAL_WORLD_SIZE")
         how = f"torchrun --nproc_per_node={ranks}" if ranks else "python"
@@ -1163,6 +1164,8 @@ def open_reference(args, config):
     """The images of --reference; UserError also where no result could be kept beside --ckpt."""
     args.reference = args.reference or ("test" if config.data in RECIPES else "train")
     data = config.data if args.reference in ("train", "test") else args.reference
+    if data == config.data and data not in RECIPES and not Path(data).is_dir():
+        raise UserError(f"the training's folder {data} is not here: name it by --reference")
     images, _, _ = load_data(data, args.data_dir or config.data_dir, config.size,
                              test=args.reference == "test")
     if images.shape[1] != config.channels:
@@ -1315,7 +1318,6 @@ def main(argv=None):
         return parser.parse_args(argv or ["--help"])
     run, command = COMMANDS[argv[0]][0], commands.choices[argv[0]]
     torch.backends.cudnn.allow_tf32 = False  # it keeps three digits; whoever wants speed has bf16
-    torch.backends.cudnn.benchmark = True  # shapes are fixed
     try:
         run(command, argv[1:])
     except KeyboardInterrupt:

@@ -1526,7 +1526,7 @@ REFUSED = {
         "--reference nowhere": "nowhere", "--reference test": "no test split",
         "--reference one": "two images", "--reference colour": "3 channels",
         "--solver dopri5 --steps 5": "dopri5 chooses"},
-    "fid --ckpt gone.pt --features pixels": {"": "gone is no folder"},
+    "fid --ckpt gone.pt --features pixels": {"": "folder gone is not here --reference"},
 }
 
 
