@@ -768,6 +768,9 @@ def test_a_batch_has_every_image_with_its_label_mirrored_only_if_asked(flip, pla
     which = (fm.to_uint8(x_1).flatten(1).amax(1) / 4).long()
     assert torch.equal((which % 2)[y < 2], y[y < 2])
     assert (torch.bincount(which, minlength=50) - 80).abs().max() < 45  # 5 standard errors
+    many = fm.draw_batch(torch.zeros(3000, 1, 1, 1).byte(), torch.arange(3000),
+                         config(batch=90_000), 1, CPU)[1]
+    assert torch.bincount(many, minlength=3000).min() > 0  # each 30 times on average
     plain, mirrored = ((fm.to_uint8(x_1) == images[which]).flatten(1).all(1)
                        for images in (ARROWS, ARROWS.flip(3)))
     assert (plain | mirrored).all()
@@ -1223,8 +1226,8 @@ def test_sample_is_midpoint_by_hand_with_classes_and_guidance(models, name, monk
         assert (f"of {label}," if label else "of 0, 1, 2, 3, 4, 5, 6, 7, 8, 9 in turn") in said
         images[label, scale] = np.stack([*made.values()])
         assert np.abs(images[label, scale] - expected).max() <= 1 and expected.std() > 10
-        run(f"{command} --batch 5 --overwrite --out grid.png")
-        grid = tiles("grid.png", n, 3 if label else 10)
+        run(f"{command} --batch 5 --overwrite --out grid.PNG")
+        grid = tiles("grid.PNG", n, 3 if label else 10)
         assert np.abs(grid - images[label, scale]).max() <= 1
     assert all(np.abs(images["", 2.5] - images[key]).max() > 2 for key in (("", 1), ("7", 2.5)))
     run(f"sample --ckpt {models[name]} --out last")
@@ -1290,6 +1293,14 @@ def test_fid_is_the_distance_of_the_images_that_sample_writes(models, name):
     assert len({f"{distance:.4f}" for distance in got}) == 3
     assert [(row["steps"], row["nfe"]) for row in rows(file)] == [(3, 6)] * 3
     assert [row["n_reference"] for row in rows(file)] == [20_000, 20_000, 30]
+
+
+@pytest.mark.parametrize("command", ["sample", "fid --features pixels", "nll"])
+def test_the_tolerance_decides_how_often_dopri5_evaluates(command, models):
+    command += f" --ckpt {models['ot']} --n 2 --solver dopri5 --tolerance"
+    loose, tight = (float(re.search(r"NFE ([\d.]+)", run(command, tolerance))[1])
+                    for tolerance in (0.1, 1e-5))
+    assert loose < 0.7 * tight
 
 
 def test_fid_with_inception_says_what_it_compared(models, inception_file):
