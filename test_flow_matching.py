@@ -969,11 +969,11 @@ def test_drawn_digits_beside_a_folder_of_that_name(monkeypatch):
     assert "inside" in refuse("train --data ./digits --out digits/run")
 
 
-def become(monkeypatch, rank):
+def become(monkeypatch, rank, local):
     """This process is a rank of two, alone; returned is what stands for the other."""
     other = unittest.mock.Mock()
     monkeypatch.setattr(fm, "dist", other)
-    monkeypatch.setattr(fm, "start_ranks", lambda device: (rank, 2, rank))
+    monkeypatch.setattr(fm, "start_ranks", lambda device: (rank, 2, local))
     monkeypatch.setattr(nn.parallel, "DistributedDataParallel", lambda model: model)
     return other
 
@@ -986,16 +986,18 @@ def test_dropout_differs_between_ranks_and_steps(tiny, monkeypatch):
         part[:4] for part in first(images, labels, c, 1, device)])
     at_loss(monkeypatch, {n: lambda loss: seen.append(loss.item()) or loss for n in range(1, 7)})
     for rank in (0, 1):
-        become(monkeypatch, rank)
+        become(monkeypatch, rank, rank)
         torch.save(checkpoint, "checkpoint.pt")
         run(f"{RESUME} .")
     assert len(seen) == len(set(seen)) == 6
 
 
-@pytest.mark.parametrize("rank, order", [(0, ["data", "barrier"]), (1, ["barrier", "data"])])
-def test_other_ranks_wait_for_the_first_and_a_batch_must_divide(rank, order, tiny, monkeypatch):
+@pytest.mark.parametrize("rank, local, order", [
+    (0, 0, ["data", "barrier"]), (1, 1, ["barrier", "data"]), (1, 0, ["data", "barrier"])])
+def test_ranks_wait_for_their_machine_s_first_and_a_batch_must_divide(
+        rank, local, order, tiny, monkeypatch):
     seen, load_data = [], fm.load_data
-    become(monkeypatch, rank).barrier = lambda: seen.append("barrier")
+    become(monkeypatch, rank, local).barrier = lambda: seen.append("barrier")
     monkeypatch.setattr(fm, "load_data", lambda *args, **more: (
         seen.append("data") or load_data(*args, **more)))
     run(f"{tiny[0]} --steps 1 --out run")
