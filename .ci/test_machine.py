@@ -103,6 +103,7 @@ def pretended(tmp_path_factory):
     runs = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(tmp_path_factory.mktemp("pretended"))
+        patch.setattr(fm.odeint, "__defaults__", (0.0, 1.0, "midpoint", 1, 1e-5))  # quick grids
         patch.setattr(torch, "autocast", lambda *_, **__: contextlib.nullcontext())
         patch.setattr(torch.__future__, "_overwrite_module_params_on_conversion", True)
         fused = "_get_fused_kernels_supported_devices"
