@@ -582,15 +582,17 @@ def atomic(file):
 
 
 def in_batches(n, size, what):
-    """0..n − 1 in ranges of `size`; after each one line shows progress, rate and time left."""
-    since = time.perf_counter()
+    """0..n − 1 in ranges of `size`, with a line after each; without a terminal, one a minute."""
+    since = last = time.perf_counter()
     for i in range(0, n, size):
         part = range(n)[i : i + size]
         yield part
-        rate = part.stop / (time.perf_counter() - since)
-        left = timedelta(seconds=int((n - part.stop) / rate))
-        end = "\r" if part.stop < n else "\n"
-        print(f"{what} {part.stop:,}/{n:,}  {rate:,.1f}/s  {left} left", end=end, flush=True)
+        now, at_terminal = time.perf_counter(), sys.stdout.isatty()
+        if at_terminal or part.stop == n or now - last > 60:
+            rate, last = part.stop / (now - since), now
+            left = timedelta(seconds=int((n - part.stop) / rate))
+            end = "\r" if at_terminal and part.stop < n else "\n"
+            print(f"{what} {part.stop:,}/{n:,}  {rate:,.1f}/s  {left} left", end=end, flush=True)
 
 
 def draw_digits(n, size, seed=0):

@@ -956,13 +956,20 @@ def test_the_grid_is_of_the_average_without_dropout_in_batches_of_the_run(tiny, 
     assert sizes == [24, 24, 16]
 
 
-def test_progress_is_shown_in_place_with_its_rate_and_the_time_left(monkeypatch):
-    clock, said = itertools.count(0, 25), io.StringIO()  # a batch: 25 seconds
-    monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+@pytest.mark.parametrize("terminal, lines", [(True, 8), (False, 1)])
+def test_progress_is_in_place_at_a_terminal_and_a_line_a_minute_in_a_file(
+        terminal, lines, monkeypatch):
+    said = io.StringIO()
+    said.isatty = lambda: terminal
     with contextlib.redirect_stdout(said):
-        assert [*fm.in_batches(1500, 500, "x")] == [range(500), range(500, 1000), range(1000, 1500)]
-    assert said.getvalue() == ("x 500/1,500  20.0/s  0:00:50 left\rx 1,000/1,500  20.0/s  "
-                               "0:00:25 left\rx 1,500/1,500  20.0/s  0:00:00 left\n")
+        assert [*itertools.chain(*fm.in_batches(15, 2, "images"))] == [*range(15)]
+        assert said.getvalue().count(" left") == lines
+        assert said.getvalue().count("\n") == 1 and "15/15" in said.getvalue()
+        clock = itertools.count(0, 25)  # a batch: 25 seconds
+        monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
+        for _ in fm.in_batches(15, 2, "slow"):
+            pass
+    assert said.getvalue().count("slow") == (8 if terminal else 3)
 
 
 def test_drawn_digits_beside_a_folder_of_that_name(monkeypatch):
