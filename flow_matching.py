@@ -88,7 +88,7 @@ PATHS = {"ot": ot_path, "vp": vp_path, "ve": ve_path}
 def expand(c, x):
     """A number for each sample, c: (B,), shaped (B, 1, ...) so that it multiplies x: (B, ...)."""
     if getattr(c, "shape", None) != x.shape[:1]:
-        raise ValueError(f"times, and what a path returns, must be ({len(x)},), not {c}")
+        raise ValueError(f"times, weights, a path's α to σ': must be ({len(x)},), not {c}")
     return c.reshape(len(x), *[1] * (x.dim() - 1))
 
 
@@ -115,11 +115,11 @@ def marginal_velocity(path, x, t, means, tau=0.0):
 # §2  Loss  (paper: Theorem 2; needs §1, torch) --------------------------------------------------
 
 
-def cfm_loss(v, path, x_1, x_0=None, t=None, weight=1.0):
+def cfm_loss(v, path, x_1, x_0=None, t=None, weight=None):
     """Conditional flow matching, Eq. 14: mean ‖v(x_t, t) − u_t(x_t | x_1)‖² per element.
 
     v: callable (x, t) -> velocity, x_1: (B, ...) data; x_0 ~ N(0, I) and t ~ U[0, 1] are drawn
-    unless given; weight: (B,), 1 in the paper.  u is taken from Eq. 13, the time derivative of
+    unless given; weight: (B,), none in the paper.  u is taken from Eq. 13, the time derivative of
     ψ_t(x_0), which has no σ'/σ.  Raises ValueError for a velocity of another shape than x_1.
     """
     x_0 = torch.randn_like(x_1) if x_0 is None else x_0
@@ -129,14 +129,15 @@ def cfm_loss(v, path, x_1, x_0=None, t=None, weight=1.0):
     alpha, sigma, d_alpha, d_sigma = (expand(c, x_1) for c in path(t))
     u = d_alpha * x_1 + d_sigma * x_0
     velocity = v((alpha * x_1 + sigma * x_0).to(x_1.dtype), t)
-    if not velocity.shape == x_0.shape == x_1.shape or len(x_1) == 0:  # broadcast, or NaN
+    if not velocity.shape == x_0.shape == x_1.shape or len(x_1) == 0:  # else a broadcast; NaN
         shapes = [tuple(part.shape) for part in (velocity, x_0, x_1)]
         raise ValueError("velocity {}, x_0 {}, x_1 {}: must be of one shape, B > 0".format(*shapes))
-    return (weight * (velocity - u).square().reshape(len(u), -1).mean(1)).mean()
+    error = (velocity - u).square().reshape(len(u), -1).mean(1)
+    return (error if weight is None else expand(weight, error) * error).mean()
 
 
 # §3  ODE solvers: dx/dt = f(x, t)  (needs np, torch, solve_ivp) ---------------------------------
-# For a step (dopri5 is a whole solve) t is a number; odeint hands it to v as times (B,).
+# A step, or dopri5, a whole solve, calls f(x, t) with a number t; odeint gives v the times (B,).
 
 
 def euler(f, x, t, h):
@@ -219,7 +220,7 @@ def odeint(v, x, t_0=0.0, t_1=1.0, solver="midpoint", steps=20, tolerance=1e-5):
 
 @torch.no_grad()
 def sample(v, noise, path=ot_path, **solver):
-    """Noise (B, ...) from N(0, I) to data: x_1 and the NFE; solver: as for odeint."""
+    """Noise (B, ...) from N(0, I) to data: x_1, NFE; solver: odeint's solver, steps, tolerance."""
     sigma_0 = path(noise.new_zeros(1))[1]  # p_0 = N(0, σ(0)² I): nearly exact for vp and ve
     return odeint(v, sigma_0 * noise, 0.0, 1.0, **solver)
 
@@ -239,7 +240,7 @@ def log_likelihood(v, x_1, path=ot_path, probes=None, **solver):
     d log p_t(x_t)/dt = −div v(x_t, t), solved backward in time from the data x_1: (B, ...).
     div v is taken as the sum of Eᵀ (∂v/∂x) E over the probes, tensors E: (B, ...).  One draw of
     random signs is Hutchinson's unbiased estimate; None: all unit vectors, exact, at a gradient for
-    each number of an x_1.  v must not mix the samples of a batch.  The result has no gradient.
+    each number of an x_1.  v must depend on x and not mix samples.  The result has no gradient.
     """
     B, D = len(x_1), math.prod(x_1.shape[1:])
     if probes is None:
@@ -315,7 +316,7 @@ def draw_noise(seed, indices, shape, law="standard_normal"):
 
 
 def time_embedding(t, dim):
-    """Sinusoids of time: (B,) in [0, 1] to (B, dim), dim even; periods from 2π/1000 up to 20π."""
+    """Sinusoids of time: (B,) in [0, 1] to (B, dim), dim even; periods from 2π/1000 to < 20π."""
     scale = 1000  # the frequencies were made for t in 0..1000: most would hardly move over [0, 1]
     frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = scale * t[:, None] * frequencies
@@ -323,7 +324,7 @@ def time_embedding(t, dim):
 
 
 def group_norm(channels):
-    """GroupNorm with as many groups as fit, at most 32, of a multiple of 4 channels; else one."""
+    """GroupNorm of 32, 16, 8, 4 or 2 groups of a multiple of 4 channels each, else of one."""
     groups = next((n for n in (32, 16, 8, 4, 2) if channels % (4 * n) == 0), 1)
     return nn.GroupNorm(groups, channels)
 
@@ -348,8 +349,8 @@ class Attention(nn.Module):
     def forward(self, h):
         B, C, H, W = h.shape
         qkv = self.qkv(self.norm(h)).reshape(B, 3, self.heads, C // self.heads, H * W)
-        q, k, v = qkv.transpose(3, 4).contiguous().unbind(1)  # each (B, heads, HW, C/heads)
-        a = F.scaled_dot_product_attention(q, k, v)
+        q, k, v = qkv.transpose(3, 4).contiguous().unbind(1)  # copied, attention is twice as fast
+        a = F.scaled_dot_product_attention(q, k, v)  # each (B, heads, HW, C/heads)
         return h + self.out(a.transpose(2, 3).reshape(B, C, H, W))
 
 
@@ -431,8 +432,8 @@ class UNet(nn.Module):
         for layer in self.up:
             if isinstance(layer, ResBlock):
                 h = layer(torch.cat([h, skips.pop()], 1), emb)
-            else:  # halved, an odd size was rounded up
-                h = layer(F.interpolate(h, skips[-1].shape[2:]))
+            else:
+                h = layer(F.interpolate(h, skips[-1].shape[2:]))  # not twice an odd size's half
         return self.out(F.silu(self.out_norm(h)))
 
 
@@ -671,7 +672,7 @@ def load_folder(folder, data_dir, size, classes=False):
             for part in in_batches(len(files), 256, "decoding"):
                 f.writelines(pool.map(lambda i: decode(files[i], size, bad), part))
             if bad:
-                raise UserError(f"{len(bad)} files are no images: {'; '.join(bad)}")
+                raise UserError(f"{len(bad)} images can't be used: {'; '.join(bad)}")
     warnings.filterwarnings("ignore", "The given NumPy array is not writable")
     images = torch.from_numpy(np.memmap(cache, np.uint8, "r", shape=shape))
     grey = all(torch.equal(part[:, :2], part[:, 1:]) for part in images.split(1000))
@@ -716,7 +717,7 @@ RECIPES = {  # what a data set changes in the defaults of train; None: a folder
                    warmup=200, steps=20_000, save_every=1000),
 }
 AMP = dict(bf16=torch.bfloat16, fp16=torch.float16)  # mixed precision: the type of matrix work
-FIXED = ["path", "classes", "size", "width", "mults", "blocks", "attention"]  # of a run, for good
+FIXED = ["path", "classes", "size", "width", "mults", "blocks", "attention"]  # not by --resume
 
 
 def start_ranks(device):
@@ -734,7 +735,7 @@ def start_ranks(device):
 
 
 def build(config):
-    """The network of a training's flags and of what it found in its data, initialised at random."""
+    """The network, at random, of train's flags and what it found: channels, names, data_rms."""
     net = UNet(config.channels, config.size, config.width, config.mults, config.blocks,
                config.attention, config.dropout, len(config.names))
     velocity = net if config.path == "ot" else Velocity(net, PATHS[config.path], config.data_rms)
@@ -763,7 +764,7 @@ def draw_batch(images, labels, config, step, device, rank=0, world=1):
     if config.coupling == "ot":
         x_0 = ot_coupling(x_0, x_1, y if K else None)
         x_1, y = x_1[mine], y[mine]
-    if K:  # label K is "no label", for guidance; as often as in its paper
+    if K:  # label K is "no label", for guidance: one in ten
         y = torch.where(unlabelled[mine] < 0.1, K, y)
     return x_1, y, x_0[mine], t[mine]
 
@@ -771,12 +772,12 @@ def draw_batch(images, labels, config, step, device, rank=0, world=1):
 def read_checkpoint(file):
     """The dict that save() wrote; UserError if it is damaged, foreign or not there."""
     if not file.is_file():
-        raise UserError(f"there is no checkpoint {file}: train without --resume, or name another")
+        raise UserError(f"there is no checkpoint {file}: train one, or name another")
     try:
         if damaged := zipfile.ZipFile(file).testzip():  # torch.load does not check the sums
             raise ValueError(f"damaged at {damaged}")
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)  # runs no code
-        shapes = [p.shape for p in checkpoint["model"].values()]
+        shapes = [p.shape for p in checkpoint["model"].values()]  # and of both of Adam's moments
         moments = [kept[k].shape for k in ("exp_avg", "exp_avg_sq")
                    for kept in checkpoint["optimizer"]["state"].values()]
         known = {*FIXED, "channels", "data", "data_rms", "dropout", "names"}
@@ -829,7 +830,7 @@ def save(state, step, log, grid):
         images = torch.cat([images for images, _ in make_images(ema, parts, amp=config.amp)])
         save_grid(images, 8, out / f"step-{step:06d}.png")
     kept = {name: part.state_dict() for name, part in state.items()}
-    buffer = io.BytesIO()  # into a file torch.save would hide that the disk is full
+    buffer = io.BytesIO()  # given a file, torch.save would hide that the disk is full
     torch.save(kept | dict(step=step, config=vars(config), log=log), buffer)
     with atomic(out / "checkpoint.pt") as f:
         f.write(buffer.getbuffer())
@@ -854,7 +855,7 @@ def train_step(model, state, step, batch):
     optimizer, scaler = state["optimizer"], state["scaler"]
     config, (x_1, y, x_0, t) = velocity.config, batch
     with torch.autocast(t.device.type, AMP.get(config.amp), enabled=config.amp in AMP):
-        weight = velocity.weight(t) if config.path != "ot" else 1.0
+        weight = velocity.weight(t) if config.path != "ot" else None
         loss = cfm_loss(lambda x, t: model(x, t, y), PATHS[config.path], x_1, x_0, t, weight)
     warm_up = min(1, step / max(1, config.warmup))
     decay = 1 - (step - 1) / config.steps  # linear; 0 would be the step after the last
@@ -896,7 +897,7 @@ def train(config, checkpoint=None):
         dist.barrier()
     images, labels, names = load_data(config.data, config.data_dir, config.size,
                                       classes=config.classes)
-    if local == 0 and world > 1:
+    if local == 0 and world > 1:  # now the others may read
         dist.barrier()
     channels, names = images.shape[1], names if config.classes else []
     if checkpoint and (channels, names) != (config.channels, config.names):
@@ -925,7 +926,7 @@ def train(config, checkpoint=None):
           f"{sum(p.numel() for p in velocity.parameters()):,} parameters, path {config.path}, amp "
           f"{config.amp}, {world} x {device}, {config.steps:,} steps of {config.batch} into {out}/")
 
-    stops, since, losses = note_signals(), time.perf_counter(), []
+    step, stops, since, losses = start, note_signals(), time.perf_counter(), []
     for step in range(start + 1, config.steps + 1):
         batch = draw_batch(images, labels, config, step, device, rank, world)
         torch.manual_seed(hash((config.seed, step, rank)))  # dropout differs between ranks
@@ -958,7 +959,7 @@ def train(config, checkpoint=None):
     if world > 1:
         dist.barrier()  # destroyed in the middle of an all-reduce, gloo can wait for ever
         dist.destroy_process_group()
-    return (stops or [signal.SIGTERM])[0] if step < config.steps else 0  # []: another rank's
+    return (stops or [signal.SIGTERM])[0] if step < config.steps else 0  # or: of another rank
 
 
 # §10  The theory, drawn: the exact field of Eq. 8 in the plane, without a network  (needs all) ---
@@ -998,14 +999,15 @@ def number(kind, low, high=10**9):
     return number
 
 
+count, natural, share = number(int, 1), number(int, 0), number(float, 0, 1)
+small, positive, fine = number(int, 1, 4096), number(float, 1e-12), number(float, 1e-12, 1)
+switch = argparse.BooleanOptionalAction
+
+
 def integers(text):
     """The type of a flag: "1,2,2" is [1, 2, 2], "none" is []."""
     return [] if text == "none" else [count(part) for part in text.split(",")]
 
-
-count, natural, share = number(int, 1), number(int, 0), number(float, 0, 1)
-small, positive = number(int, 1, 4096), number(float, 1e-12)
-switch = argparse.BooleanOptionalAction
 
 COMMON = {
     "--seed": dict(type=natural, default=0, help="of all that is random"),
@@ -1021,7 +1023,7 @@ TRAIN = {
     "--path": dict(choices=PATHS, help="probability path; default: ot"),
     "--classes": dict(action="store_true", help="learn to make images of a given class"),
     "--coupling": dict(choices=["independent", "ot"], default="independent",
-                       help="ot: minibatch optimal transport, solved on each rank"),
+                       help="ot: minibatch optimal transport over the whole batch"),
     "--time": dict(choices=["uniform", "logit-normal"], default="uniform", help="density of t"),
     "--flip": dict(action=switch, help="mirror images at random; default: %(default)s"),
     "--size": dict(type=small, default=16, help="height and width of the images, pixels"),
@@ -1044,8 +1046,8 @@ MODEL = {
     "--n": dict(type=count, default=64, help="images"),
     "--batch": dict(type=count, default=128, help="images at a time"),
     "--solver": dict(choices=SOLVERS, default="midpoint", help="1, 2, 4 calls a step, or adaptive"),
-    "--steps": dict(type=count, help="of the solver; default: 20"),
-    "--tolerance": dict(type=share, default=1e-5, help="of dopri5, relative and absolute")}
+    "--steps": dict(type=count, help="of the solver; default: 20, but dopri5 takes its own"),
+    "--tolerance": dict(type=fine, default=1e-5, help="of dopri5, relative and absolute")}
 GUIDANCE = {"--guidance": dict(type=number(float, 0), default=1.0, help="scale; 1 is none")}
 REFERENCE = {
     "--reference": dict(help="train, test, a data set or folder; default: train; nll: test if any"),
@@ -1071,9 +1073,11 @@ def check_out(out, overwrite, folder=False, mine=()):
     if out.exists() and out.is_dir() != folder:
         raise UserError(f"{out} is " + ("no folder" if folder else "a folder: name a file"))
     there = [*out.iterdir()] if out.is_dir() else [out] if out.is_file() else []
-    if not overwrite and not all(any(file.match(name) for name in mine) for file in there):
-        raise UserError(f"{out} exists: try --overwrite, or, to go on with a run, train --resume")
-    above = next(p for p in (out / "_" if folder else out).absolute().parents if p.exists())
+    foreign = [file for file in there if not any(file.match(name) for name in mine)]
+    if foreign and not overwrite:
+        raise UserError(f"{out} exists: try --overwrite" + (" or train --resume" if mine else ""))
+    inside = out / "_" if folder else out
+    above = next(p for p in inside.absolute().parents if p.exists())
     if not above.is_dir() or not os.access(above, os.W_OK):
         raise UserError(f"{out} can't be written: {above} is no folder to write in")
 
@@ -1095,7 +1099,7 @@ def choose_device(args):
     except (RuntimeError, AssertionError, ImportError) as error:  # none, or not built for it
         raise UserError(f"no {name} works here ({error}): use --device cpu") from None
     args.device = name
-    adaptive = vars(args).get("solver") == "dopri5"  # it would take rounding for its error
+    adaptive = vars(args).get("solver") == "dopri5"  # 16-bit rounding would end in tiny steps
     if args.amp is None and "cuda" in name and not adaptive:
         args.amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     args.amp = args.amp or "off"
@@ -1108,13 +1112,13 @@ def run_train(parser, argv):
     out = Path(args.out or f"runs/{Path(data).absolute().name}-{path}")
     if args.resume:  # the run's own flags, and what it found in its data, are the defaults
         if not (args.out or args.data or args.path):
-            out = newest("log.jsonl").parent
+            out = newest("log.jsonl").parent  # which may have no checkpoint yet: refused
         checkpoint = read_checkpoint(out / "checkpoint.pt")
         parser.set_defaults(**checkpoint["config"] | dict(device=None, compile=False,
                                                           overwrite=False))
     else:
         parser.set_defaults(data=data, path=path, **RECIPES.get(data, RECIPES[None]))
-    args = parser.parse_args(argv)
+    args = parser.parse_args(argv)  # what was typed wins over these defaults, which --help shows
     for flag in FIXED:
         if checkpoint and getattr(args, flag) != checkpoint["config"][flag]:
             raise UserError(f"--{flag} cannot change: {out} has {checkpoint['config'][flag]}")
@@ -1190,7 +1194,7 @@ def run_sample(parser, argv):
     velocity = open_model(args)
     names, grid, nfes = velocity.config.names, [], []
     if args.label is not None and args.label not in names:
-        raise UserError(f"--label {args.label}: this model, of --classes, knows {names}")
+        raise UserError(f"--label {args.label}: the labels are {names or 'for train --classes'}")
     out = Path(args.out or args.ckpt.with_name("samples.png"))
     folder = out.suffix.lower() != ".png"
     check_out(out, args.overwrite or not args.out, folder)
@@ -1207,7 +1211,7 @@ def run_sample(parser, argv):
         if not folder:
             grid += images
         else:
-            for i, image in enumerate(images, len(nfes)):
+            for i, image in enumerate(images, len(nfes)):  # made so far
                 to_pil_image(image).save(out / f"{i:06d}.png")
         nfes += [nfe] * len(images)
     if grid:  # with classes, a class a column
@@ -1290,7 +1294,7 @@ PICTURE = {
     "--seed": COMMON["--seed"],
     "--out": dict(default="paths.png", help="file of the picture"),
     "--overwrite": OUT["--overwrite"]}
-COMMANDS = {  # what runs, its flags, and defaults: other than in the rows, or of flags it lacks
+COMMANDS = {  # what runs, its flags, and defaults not in the rows: argparse shows a switch's twice
     "train": (run_train, COMMON | MIXED | OUT | TRAIN, dict(flip=False)),
     "sample": (run_sample, COMMON | MIXED | OUT | MODEL | GUIDANCE | SAMPLE, {}),
     "fid": (run_fid, COMMON | MIXED | MODEL | GUIDANCE | REFERENCE | FID,

@@ -735,6 +735,7 @@ def test_cifar10_loads_from_files_in_its_own_format(monkeypatch):
     (lambda: fm.cfm_loss(swing, fm.ot_path, X_0[:0]), "B > 0"),
     (lambda: fm.cfm_loss(swing, fm.ot_path, X_0, t=times(0.5)), r"must be \(3,\)"),
     (lambda: fm.cfm_loss(swing, lambda t: (t, 1 - t, 1.0, -1.0), X_0), r"must be \(3,\), not 1.0"),
+    (lambda: fm.cfm_loss(swing, fm.ot_path, X_0, weight=torch.ones(3, 1)), r"must be \(3,\)"),
     (lambda: fm.log_likelihood(lambda x, t: x[:, :1], X_0), r"grad|\(3, 1\)"),
     (lambda: fm.log_likelihood(torch.no_grad()(swing), X_0), "does not require grad"),
     (lambda: fm.ot_coupling(X_0, X_0[:2]), "shape"),
