@@ -129,7 +129,7 @@ def cfm_loss(v, path, x_1, x_0=None, t=None, weight=None):
     alpha, sigma, d_alpha, d_sigma = (expand(c, x_1) for c in path(t))
     u = d_alpha * x_1 + d_sigma * x_0
     velocity = v((alpha * x_1 + sigma * x_0).to(x_1.dtype), t)
-    if not velocity.shape == x_0.shape == x_1.shape or len(x_1) == 0:  # else a broadcast; NaN
+    if not velocity.shape == x_0.shape == x_1.shape or len(x_1) == 0:  # would be broadcast, or NaN
         shapes = [tuple(part.shape) for part in (velocity, x_0, x_1)]
         raise ValueError("velocity {}, x_0 {}, x_1 {}: must be of one shape, B > 0".format(*shapes))
     error = (velocity - u).square().reshape(len(u), -1).mean(1)
@@ -433,7 +433,7 @@ class UNet(nn.Module):
             if isinstance(layer, ResBlock):
                 h = layer(torch.cat([h, skips.pop()], 1), emb)
             else:
-                h = layer(F.interpolate(h, skips[-1].shape[2:]))  # not twice an odd size's half
+                h = layer(F.interpolate(h, skips[-1].shape[2:]))  # double, or less: odd sizes
         return self.out(F.silu(self.out_norm(h)))
 
 
@@ -717,7 +717,7 @@ RECIPES = {  # what a data set changes in the defaults of train; None: a folder
                    warmup=200, steps=20_000, save_every=1000),
 }
 AMP = dict(bf16=torch.bfloat16, fp16=torch.float16)  # mixed precision: the type of matrix work
-FIXED = ["path", "classes", "size", "width", "mults", "blocks", "attention"]  # not by --resume
+FIXED = ["path", "classes", "size", "width", "mults", "blocks", "attention"]  # --resume keeps them
 
 
 def start_ranks(device):
@@ -959,7 +959,7 @@ def train(config, checkpoint=None):
     if world > 1:
         dist.barrier()  # destroyed in the middle of an all-reduce, gloo can wait for ever
         dist.destroy_process_group()
-    return (stops or [signal.SIGTERM])[0] if step < config.steps else 0  # or: of another rank
+    return (stops or [signal.SIGTERM])[0] if step < config.steps else 0  # SIGTERM: another rank's
 
 
 # §10  The theory, drawn: the exact field of Eq. 8 in the plane, without a network  (needs all) ---
@@ -1211,7 +1211,7 @@ def run_sample(parser, argv):
         if not folder:
             grid += images
         else:
-            for i, image in enumerate(images, len(nfes)):  # made so far
+            for i, image in enumerate(images, len(nfes)):  # as many were made
                 to_pil_image(image).save(out / f"{i:06d}.png")
         nfes += [nfe] * len(images)
     if grid:  # with classes, a class a column
@@ -1294,7 +1294,7 @@ PICTURE = {
     "--seed": COMMON["--seed"],
     "--out": dict(default="paths.png", help="file of the picture"),
     "--overwrite": OUT["--overwrite"]}
-COMMANDS = {  # what runs, its flags, and defaults not in the rows: argparse shows a switch's twice
+COMMANDS = {  # what runs, its flags, more defaults (in its row a switch's would be shown twice)
     "train": (run_train, COMMON | MIXED | OUT | TRAIN, dict(flip=False)),
     "sample": (run_sample, COMMON | MIXED | OUT | MODEL | GUIDANCE | SAMPLE, {}),
     "fid": (run_fid, COMMON | MIXED | MODEL | GUIDANCE | REFERENCE | FID,
