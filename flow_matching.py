@@ -188,7 +188,7 @@ def odeint(v, x, t_0=0.0, t_1=1.0, solver="midpoint", steps=20, tolerance=1e-5):
     """Solve dx/dt = v(x, t) from t_0 to t_1, forward or backward in time.
 
     v: callable (x, t) -> velocity with t: (B,); x: (B, ...).  euler, midpoint and rk4 take `steps`
-    equal steps; dopri5 takes its own, by a relative and absolute tolerance, and passes no gradient.
+    equal steps; dopri5 takes its own, by a relative and absolute tolerance, and refuses gradients.
     Returns x at t_1 and the number of evaluations of v (NFE).  Raises ValueError for a velocity of
     another shape or kind than x, FloatingPointError for a solution that fails or is not finite.
     """
@@ -239,8 +239,8 @@ def log_likelihood(v, x_1, path=ot_path, probes=None, **solver):
 
     d log p_t(x_t)/dt = −div v(x_t, t), solved backward in time from the data x_1: (B, ...).
     div v is taken as the sum of Eᵀ (∂v/∂x) E over the probes, tensors E: (B, ...).  One draw of
-    random signs is Hutchinson's unbiased estimate; None: all unit vectors, exact, at a gradient for
-    each number of an x_1.  v must depend on x and not mix samples.  The result has no gradient.
+    random signs is Hutchinson's unbiased estimate; None: all D unit vectors, exact, D gradients an
+    evaluation.  v must depend on x and not mix samples.  The result has no gradient.
     """
     B, D = len(x_1), math.prod(x_1.shape[1:])
     if probes is None:
@@ -265,9 +265,9 @@ def log_likelihood(v, x_1, path=ot_path, probes=None, **solver):
 def bits_per_dim(log_p, D):
     """−log2 P(image) / D of images of 256 levels: (B,).
 
-    log_p: (B, K), nats, log p_1 of K draws of x = (k + u)/128 − 1 for levels k and u ~ U[0, 1),
-    the bin that holds the value k/127.5 − 1 of level k in training (of 255: its end).
-    The mean result is an upper bound that K tightens.  A level is 1/128 wide: 7 = log2 128 bits.
+    log_p: (B, K), nats, log p_1 of K draws of x = (k + u)/128 − 1 for levels k and u ~ U[0, 1).
+    In training level k is k/127.5 − 1, in the same bin or, of 255, at its end.  A bin is 1/128
+    wide: 7 = log2 128 bits.  The mean result is an upper bound that K tightens.
     """
     return 7 - (log_p.logsumexp(1) - math.log(log_p.shape[1])) / (D * math.log(2))
 
@@ -583,7 +583,7 @@ def atomic(file):
 
 
 def in_batches(n, size, what):
-    """0..n − 1 in ranges of `size`, with a line after each; without a terminal, one a minute."""
+    """0..n − 1 in ranges of `size`, with a line after each; in a file, one a minute, and last."""
     since = last = time.perf_counter()
     for i in range(0, n, size):
         part = range(n)[i : i + size]
@@ -640,7 +640,7 @@ def decode(file, size, bad):
 def load_folder(folder, data_dir, size, classes=False):
     """All images below a folder, decoded once into a file in data_dir that need not fit in memory.
 
-    The subfolders are the classes, with `classes` at least two; images beside them: one label more.
+    The subfolders are the classes, with `classes` at least two; images beside them: no label, K.
     """
     root, found, others, bad = Path(folder).absolute(), {}, Counter(), []
     for name in sorted(glob.glob("**/*", root_dir=root, recursive=True)):
@@ -746,7 +746,7 @@ def build(config):
 def draw_batch(images, labels, config, step, device, rank=0, world=1):
     """A rank's share of the batch of a step: x_1, y, x_0, t.
 
-    The whole batch depends on (seed, step) alone, by which torch's generators are seeded anew.
+    The whole batch depends on (seed, step) and the kind of device, for torch is seeded anew by it.
     """
     torch.manual_seed(hash((config.seed, step)))
     B, K = config.batch, len(config.names)
@@ -778,10 +778,11 @@ def read_checkpoint(file):
             raise ValueError(f"damaged at {damaged}")
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)  # runs no code
         shapes = [p.shape for p in checkpoint["model"].values()]  # and of both of Adam's moments
+        averaged = [p.shape for p in checkpoint["ema"].values()]
         moments = [kept[k].shape for k in ("exp_avg", "exp_avg_sq")
                    for kept in checkpoint["optimizer"]["state"].values()]
         known = {*FIXED, "channels", "data", "data_rms", "dropout", "names"}
-        if moments != 2 * shapes or not known <= checkpoint["config"].keys():
+        if averaged != shapes or moments != 2 * shapes or not known <= checkpoint["config"].keys():
             raise ValueError("an optimizer or flags of another training")
         if not all(p.isfinite().all() for p in checkpoint["ema"].values()):
             raise ValueError("weights are not finite")
@@ -802,40 +803,6 @@ def load(file, device="cpu"):
     return velocity.to(device).eval().requires_grad_(False)
 
 
-def make_images(velocity, parts, seed=0, amp="off", guidance=1.0, label=None, **solver):
-    """Images of the noises numbered in parts: yields uint8 (B, C, H, W) on the CPU, and the NFE.
-
-    With classes, image i is of `label`, or of class i mod K.  solver: as for odeint.
-    """
-    config, device = velocity.config, next(velocity.parameters()).device
-    names, v = config.names, velocity
-    for part in parts:
-        noise = draw_noise(seed, part, (config.channels, config.size, config.size))
-        if names:
-            y = [names.index(label) if label else i % len(names) for i in part]
-            v = guided(velocity, torch.tensor(y).to(device), guidance)
-        with torch.autocast(device.type, AMP.get(amp), enabled=amp in AMP):
-            x, nfe = sample(v, noise.to(device), PATHS[config.path], **solver)
-        yield to_uint8(x).cpu(), nfe if guidance == 1 else 2 * nfe
-
-
-def save(state, step, log, grid):
-    """Into the run's folder: a grid of samples of the averaged weights, if due; the checkpoint."""
-    ema = state["ema"]
-    config, out = ema.config, Path(ema.config.out)
-    if not all(p.isfinite().all() for p in ema.parameters()):
-        raise UserError(f"the weights of step {step} are not finite: try a lower --lr")
-    if grid:
-        parts = [range(64)[i : i + config.batch] for i in range(0, 64, config.batch)]
-        images = torch.cat([images for images, _ in make_images(ema, parts, amp=config.amp)])
-        save_grid(images, 8, out / f"step-{step:06d}.png")
-    kept = {name: part.state_dict() for name, part in state.items()}
-    buffer = io.BytesIO()  # given a file, torch.save would hide that the disk is full
-    torch.save(kept | dict(step=step, config=vars(config), log=log), buffer)
-    with atomic(out / "checkpoint.pt") as f:
-        f.write(buffer.getbuffer())
-
-
 def start_state(velocity, checkpoint=None):
     """The network and what is trained with it, as it begins or as a checkpoint has it."""
     ema, config = copy.deepcopy(velocity).eval().requires_grad_(False), velocity.config
@@ -849,13 +816,46 @@ def start_state(velocity, checkpoint=None):
     return state
 
 
+def make_images(velocity, parts, seed=0, amp="off", guidance=1.0, label=None, **solver):
+    """Images of noises i, by parts, ranges of i: yields uint8 (B, C, H, W) on the CPU, and the NFE.
+
+    With classes, image i is of `label`, or of class i mod K.  solver: as for odeint.
+    """
+    config, device = velocity.config, next(velocity.parameters()).device
+    names, v = config.names, velocity
+    for part in parts:
+        noise = draw_noise(seed, part, (config.channels, config.size, config.size))
+        if names:
+            y = [names.index(label) if label else i % len(names) for i in part]
+            v = guided(velocity, torch.tensor(y).to(device), guidance)
+        with torch.autocast(device.type, AMP.get(amp), enabled=amp in AMP):
+            x, nfe = sample(v, noise.to(device), PATHS[config.path], **solver)
+        yield to_uint8(x).cpu(), nfe if guidance == 1 or not names else 2 * nfe
+
+
+def save(state, step, log, grid):
+    """Into the run's folder: the checkpoint; if due, a grid of samples of the averaged weights."""
+    ema = state["ema"]
+    config, out = ema.config, Path(ema.config.out)
+    if not all(p.isfinite().all() for p in ema.parameters()):
+        raise UserError(f"the weights of step {step} are not finite: try a lower --lr")
+    kept = {name: part.state_dict() for name, part in state.items()}
+    buffer = io.BytesIO()  # given a file, torch.save would hide that the disk is full
+    torch.save(kept | dict(step=step, config=vars(config), log=log), buffer)
+    with atomic(out / "checkpoint.pt") as f:
+        f.write(buffer.getbuffer())
+    if grid:
+        parts = [range(64)[i : i + config.batch] for i in range(0, 64, config.batch)]
+        images = torch.cat([images for images, _ in make_images(ema, parts, amp=config.amp)])
+        save_grid(images, 8, out / f"step-{step:06d}.png")
+
+
 def train_step(model, state, step, batch):
     """One step of Adam and of the average of the weights; returns the loss."""
-    velocity, ema = state["model"], state["ema"]
-    optimizer, scaler = state["optimizer"], state["scaler"]
+    velocity, ema, optimizer, scaler = (state[k] for k in ("model", "ema", "optimizer", "scaler"))
     config, (x_1, y, x_0, t) = velocity.config, batch
     with torch.autocast(t.device.type, AMP.get(config.amp), enabled=config.amp in AMP):
-        weight = velocity.weight(t) if config.path != "ot" else None
+        weight = velocity.weight(t) if config.path != "ot" else None  # see build
         loss = cfm_loss(lambda x, t: model(x, t, y), PATHS[config.path], x_1, x_0, t, weight)
     warm_up = min(1, step / max(1, config.warmup))
     decay = 1 - (step - 1) / config.steps  # linear; 0 would be the step after the last
@@ -888,8 +888,8 @@ def note_signals():
 def train(config, checkpoint=None):
     """Train by the flags of train; fills config.out with checkpoint.pt, log.jsonl and grids.
 
-    Resumed with the same flags, a CPU's run is bit for bit the unbroken one.  Returns 0, or the
-    signal that stopped it after a checkpoint.
+    Resumed with the same flags, a CPU's run ends with the weights of the unbroken one, bit for bit.
+    Returns 0, or the signal that stopped it after a checkpoint.
     """
     device, out = torch.device(config.device), Path(config.out)
     rank, world, local = start_ranks(device)
@@ -909,7 +909,7 @@ def train(config, checkpoint=None):
         images, labels = images.to(device), labels.to(device)
 
     torch.manual_seed(config.seed)
-    layout = torch.contiguous_format if device.type == "mps" else torch.channels_last
+    layout = torch.contiguous_format if device.type == "mps" else torch.channels_last  # mps errs
     velocity = build(config).to(device, memory_format=layout)
     state = start_state(velocity, checkpoint)
     start, log = (checkpoint["step"], checkpoint["log"]) if checkpoint else (0, [])
@@ -1012,10 +1012,10 @@ def integers(text):
 COMMON = {
     "--seed": dict(type=natural, default=0, help="of all that is random"),
     "--device": dict(help="cuda, cuda:1, mps or cpu; default: the fastest here")}
-MIXED = {"--amp": dict(choices=[*AMP, "off"], help="precision; default: on CUDA bf16 or fp16")}
+MIXED = {"--amp": dict(choices=[*AMP, "off"], help="default: bf16 or fp16 on CUDA, but for dopri5")}
 OUT = {
     "--compile": dict(action="store_true", help="torch.compile the network"),
-    "--overwrite": dict(action="store_true", help="replace what --out names")}
+    "--overwrite": dict(action="store_true", help="replace what an earlier one left in --out")}
 TRAIN = {
     "--data": dict(help=f"digits (default), {', '.join(TORCHVISION)} or a folder of images; the "
                    "defaults of other flags follow it: train --data cifar10 --help"),
@@ -1028,12 +1028,12 @@ TRAIN = {
     "--flip": dict(action=switch, help="mirror images at random; default: %(default)s"),
     "--size": dict(type=small, default=16, help="height and width of the images, pixels"),
     "--width": dict(type=small, default=16, help="channels at full resolution"),
-    "--mults": dict(type=integers, default="1,2,4", help="multiples of it, one per level"),
+    "--mults": dict(type=integers, default="1,2,4", help="of it, one per level; folder: by size"),
     "--blocks": dict(type=count, default=1, help="residual blocks per level"),
-    "--attention": dict(type=integers, default="none", help="heights of maps that attend, as 16,8"),
+    "--attention": dict(type=integers, default="none", help="at maps of these heights, as 16,8"),
     "--dropout": dict(type=share, default=0.0, help="share of activations dropped"),
     "--batch": dict(type=count, default=32, help="images per step, over all ranks"),
-    "--lr": dict(type=positive, default=2e-3, help="peak learning rate of Adam"),
+    "--lr": dict(type=positive, default=2e-3, help="learning rate, before warm-up and decay"),
     "--warmup": dict(type=natural, default=50, help="steps in which the rate rises"),
     "--steps": dict(type=count, default=2000, help="of Adam; the rate falls linearly to 0"),
     "--clip": dict(type=positive, default=1.0, help="largest norm of the gradient"),
@@ -1115,7 +1115,7 @@ def run_train(parser, argv):
             out = newest("log.jsonl").parent  # which may have no checkpoint yet: refused
         checkpoint = read_checkpoint(out / "checkpoint.pt")
         parser.set_defaults(**checkpoint["config"] | dict(device=None, compile=False,
-                                                          overwrite=False))
+                                                          overwrite=False))  # of this call
     else:
         parser.set_defaults(data=data, path=path, **RECIPES.get(data, RECIPES[None]))
     args = parser.parse_args(argv)  # what was typed wins over these defaults, which --help shows
@@ -1135,7 +1135,7 @@ def run_train(parser, argv):
         raise UserError(f"--out {out} is inside --data {args.data}")
     if args.batch % int(os.environ.get("WORLD_SIZE", 1)):
         raise UserError(f"--batch {args.batch} is not divisible by the number of ranks")
-    if not checkpoint:
+    if not checkpoint:  # nothing but what a run leaves that died before its first may be there
         check_out(out, args.overwrite, True, mine=["log.jsonl", "step-*.png", "*.tmp"])
     elif checkpoint["step"] >= args.steps:
         raise UserError(f"{out} is at step {checkpoint['step']:,}: ask for more --steps")
@@ -1233,8 +1233,8 @@ def run_fid(parser, argv):
         try:
             features, D, title = inception(args.inception, args.device), 2048, "FID"
         except Exception as error:  # of a download, or of a file that is something else
-            raise UserError(f"no Inception weights ({str(error)[:150]}): fetch {INCEPTION_URL} and "
-                            "name it by --inception FILE, or take --features pixels") from None
+            raise UserError(f"Inception can't be had ({str(error)[:150]}): fetch {INCEPTION_URL} "
+                            "and name it by --inception FILE, or take --features pixels") from None
     parts = in_batches(len(images), args.batch, "reference")
     real = fit_gaussian(features(images[part]) for part in parts)
     found, nfes, since = [], [], time.perf_counter()
