@@ -88,7 +88,7 @@ PATHS = {"ot": ot_path, "vp": vp_path, "ve": ve_path}
 def expand(c, x):
     """A number for each sample, c: (B,), shaped (B, 1, ...) so that it multiplies x: (B, ...)."""
     if getattr(c, "shape", None) != x.shape[:1]:
-        raise ValueError(f"times, weights, a path's α to σ': must be ({len(x)},), not {c}")
+        raise ValueError(f"times, weights and what a path returns must be ({len(x)},), not {c}")
     return c.reshape(len(x), *[1] * (x.dim() - 1))
 
 
@@ -124,8 +124,8 @@ def cfm_loss(v, path, x_1, x_0=None, t=None, weight=None):
     """
     x_0 = torch.randn_like(x_1) if x_0 is None else x_0
     if t is None:  # at least float32: cast to bf16, a time would be exactly 1 once in 500
-        times = torch.promote_types(x_1.dtype, torch.float32)
-        t = torch.rand(len(x_1), dtype=times, device=x_1.device)
+        dtype = torch.promote_types(x_1.dtype, torch.float32)
+        t = torch.rand(len(x_1), dtype=dtype, device=x_1.device)
     alpha, sigma, d_alpha, d_sigma = (expand(c, x_1) for c in path(t))
     u = d_alpha * x_1 + d_sigma * x_0
     velocity = v((alpha * x_1 + sigma * x_0).to(x_1.dtype), t)
@@ -137,7 +137,7 @@ def cfm_loss(v, path, x_1, x_0=None, t=None, weight=None):
 
 
 # §3  ODE solvers: dx/dt = f(x, t)  (needs np, torch, solve_ivp) ---------------------------------
-# A step, or dopri5, a whole solve, calls f(x, t) with a number t; odeint gives v the times (B,).
+# The steps, and dopri5 (a whole solve), call f(x, t) with a number t; odeint calls v with t: (B,).
 
 
 def euler(f, x, t, h):
@@ -197,8 +197,8 @@ def odeint(v, x, t_0=0.0, t_1=1.0, solver="midpoint", steps=20, tolerance=1e-5):
     def f(x, t):
         nonlocal nfe
         nfe += 1
-        times = torch.promote_types(x.dtype, torch.float32)
-        u = v(x, torch.full((len(x),), t, dtype=times, device=x.device))
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        u = v(x, torch.full((len(x),), t, dtype=dtype, device=x.device))
         if u.shape != x.shape or not (u.is_floating_point() and x.is_floating_point()):
             raise ValueError(f"velocity {tuple(u.shape)}, {u.dtype} of x {tuple(x.shape)}, "
                              f"{x.dtype}: both must be real floats of one shape")
@@ -238,7 +238,7 @@ def log_likelihood(v, x_1, path=ot_path, probes=None, **solver):
     """log p_1(x_1) in nats, (B,), and the NFE: the change of variables along the flow.
 
     d log p_t(x_t)/dt = −div v(x_t, t), solved backward in time from the data x_1: (B, ...).
-    div v is taken as the sum of Eᵀ (∂v/∂x) E over the probes, tensors E: (B, ...).  One draw of
+    div v is the sum, not the mean, of Eᵀ (∂v/∂x) E over the probes, tensors E: (B, ...).  One of
     random signs is Hutchinson's unbiased estimate; None: all D unit vectors, exact, D gradients an
     evaluation.  v must depend on x and not mix samples.  The result has no gradient.
     """
@@ -252,8 +252,8 @@ def log_likelihood(v, x_1, path=ot_path, probes=None, **solver):
         with torch.enable_grad():
             u = v(x, t)
         for i, E in enumerate(probes, 1):
-            J_E, = torch.autograd.grad(u, x, E, retain_graph=i < len(probes))  # Eᵀ (∂v/∂x)
-            div = div + (J_E * E).reshape(B, D).sum(1, keepdim=True)
+            E_J, = torch.autograd.grad(u, x, E, retain_graph=i < len(probes))  # Eᵀ (∂v/∂x)
+            div = div + (E_J * E).reshape(B, D).sum(1, keepdim=True)
         return torch.cat([u.detach().reshape(B, D), div], 1)
 
     state, nfe = odeint(f, F.pad(x_1.reshape(B, D), (0, 1)), 1.0, 0.0, **solver)
@@ -266,7 +266,7 @@ def bits_per_dim(log_p, D):
     """−log2 P(image) / D of images of 256 levels: (B,).
 
     log_p: (B, K), nats, log p_1 of K draws of x = (k + u)/128 − 1 for levels k and u ~ U[0, 1).
-    In training level k is k/127.5 − 1, in the same bin or, of 255, at its end.  A bin is 1/128
+    In training level k is k/127.5 − 1: in bin k or, of 255, on its upper edge.  A bin is 1/128
     wide: 7 = log2 128 bits.  The mean result is an upper bound that K tightens.
     """
     return 7 - (log_p.logsumexp(1) - math.log(log_p.shape[1])) / (D * math.log(2))
@@ -402,7 +402,7 @@ class UNet(nn.Module):
         c, skips = width, [width]  # channels now, and of what is kept for the way up
         for level, height in enumerate(heights):
             for _ in range(blocks):
-                c, c_in = mults[level] * width, c
+                c_in, c = c, mults[level] * width
                 self.down.append(block(c_in, c, attention=height in attention))
                 skips.append(c)
             if level + 1 < len(mults):
@@ -411,7 +411,7 @@ class UNet(nn.Module):
         self.middle1, self.middle2 = block(c, c, attention=bool(attention)), block(c, c)
         for level, height in reversed([*enumerate(heights)]):
             for _ in range(blocks + 1):
-                c, c_in = mults[level] * width, c + skips.pop()
+                c_in, c = c + skips.pop(), mults[level] * width
                 self.up.append(block(c_in, c, attention=height in attention))
             if level > 0:
                 self.up.append(conv(c, c))
@@ -509,7 +509,7 @@ def inception(file=None, device="cpu"):
     *means, last = (node for node in net.graph.nodes if node.target is F.avg_pool2d)
     for node in means:  # TensorFlow's means leave the padding out,
         node.update_kwarg("count_include_pad", False)
-    last.target = F.max_pool2d  # and its last pool takes the largest
+    last.target = F.max_pool2d  # and the pool of its last block takes the largest
     net.recompile()
 
     def tent(n):  # weights (299, n) of TensorFlow 1's bilinear resize: pixel i lies at i n/299
@@ -583,7 +583,7 @@ def atomic(file):
 
 
 def in_batches(n, size, what):
-    """0..n − 1 in ranges of `size`, with a line after each; in a file, one a minute, and last."""
+    """0..n − 1 in ranges of `size`, shown after each; where no terminal is, once a minute."""
     since = last = time.perf_counter()
     for i in range(0, n, size):
         part = range(n)[i : i + size]
@@ -640,7 +640,7 @@ def decode(file, size, bad):
 def load_folder(folder, data_dir, size, classes=False):
     """All images below a folder, decoded once into a file in data_dir that need not fit in memory.
 
-    The subfolders are the classes, with `classes` at least two; images beside them: no label, K.
+    The subfolders are the K classes, two or more if `classes`; images beside them have label K.
     """
     root, found, others, bad = Path(folder).absolute(), {}, Counter(), []
     for name in sorted(glob.glob("**/*", root_dir=root, recursive=True)):
@@ -714,7 +714,7 @@ RECIPES = {  # what a data set changes in the defaults of train; None: a folder
     "cifar10": dict(size=32, width=128, mults=[1, 2, 2, 2], blocks=2, attention=[16], dropout=0.1,
                     batch=128, lr=2e-4, warmup=5000, steps=400_000, flip=True, save_every=5000),
     None: dict(size=32, width=64, mults=None, attention=None, blocks=2, batch=64, lr=1e-3,
-                   warmup=200, steps=20_000, save_every=1000),
+               warmup=200, steps=20_000, save_every=1000),  # None: by size, in run_train
 }
 AMP = dict(bf16=torch.bfloat16, fp16=torch.float16)  # mixed precision: the type of matrix work
 FIXED = ["path", "classes", "size", "width", "mults", "blocks", "attention"]  # --resume keeps them
@@ -735,7 +735,7 @@ def start_ranks(device):
 
 
 def build(config):
-    """The network, at random, of train's flags and what it found: channels, names, data_rms."""
+    """The network, randomly initialised, of train's flags and its data's channels, names, rms."""
     net = UNet(config.channels, config.size, config.width, config.mults, config.blocks,
                config.attention, config.dropout, len(config.names))
     velocity = net if config.path == "ot" else Velocity(net, PATHS[config.path], config.data_rms)
@@ -748,7 +748,7 @@ def draw_batch(images, labels, config, step, device, rank=0, world=1):
 
     The whole batch depends on (seed, step) and the kind of device, for torch is seeded anew by it.
     """
-    torch.manual_seed(hash((config.seed, step)))
+    torch.manual_seed(hash((config.seed, step)))  # of integers: not salted
     B, K = config.batch, len(config.names)
     index = torch.randint(len(images), (B,), device=images.device)
     x_0 = torch.randn(B, *images.shape[1:], device=device)
@@ -777,7 +777,7 @@ def read_checkpoint(file):
         if damaged := zipfile.ZipFile(file).testzip():  # torch.load does not check the sums
             raise ValueError(f"damaged at {damaged}")
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)  # runs no code
-        shapes = [p.shape for p in checkpoint["model"].values()]  # and of both of Adam's moments
+        shapes = [p.shape for p in checkpoint["model"].values()]  # as Adam's two moments
         averaged = [p.shape for p in checkpoint["ema"].values()]
         moments = [kept[k].shape for k in ("exp_avg", "exp_avg_sq")
                    for kept in checkpoint["optimizer"]["state"].values()]
@@ -806,12 +806,12 @@ def load(file, device="cpu"):
 def start_state(velocity, checkpoint=None):
     """The network and what is trained with it, as it begins or as a checkpoint has it."""
     ema, config = copy.deepcopy(velocity).eval().requires_grad_(False), velocity.config
-    adam = torch.optim.Adam(velocity.parameters(), fused=True)
+    adam = torch.optim.Adam(velocity.parameters(), fused=True)  # train_step sets its rate
     device = next(velocity.parameters()).device
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
     state = dict(model=velocity, ema=ema, optimizer=adam, scaler=scaler)
     for name, part in state.items():
-        if checkpoint and checkpoint[name]:  # of a scaler that was off there is nothing
+        if checkpoint and checkpoint[name]:  # a scaler that was off saved {}
             part.load_state_dict(checkpoint[name])
     return state
 
@@ -830,7 +830,7 @@ def make_images(velocity, parts, seed=0, amp="off", guidance=1.0, label=None, **
             v = guided(velocity, torch.tensor(y).to(device), guidance)
         with torch.autocast(device.type, AMP.get(amp), enabled=amp in AMP):
             x, nfe = sample(v, noise.to(device), PATHS[config.path], **solver)
-        yield to_uint8(x).cpu(), nfe if guidance == 1 or not names else 2 * nfe
+        yield to_uint8(x).cpu(), (nfe if guidance == 1 or not names else 2 * nfe)
 
 
 def save(state, step, log, grid):
@@ -855,7 +855,7 @@ def train_step(model, state, step, batch):
     velocity, ema, optimizer, scaler = (state[k] for k in ("model", "ema", "optimizer", "scaler"))
     config, (x_1, y, x_0, t) = velocity.config, batch
     with torch.autocast(t.device.type, AMP.get(config.amp), enabled=config.amp in AMP):
-        weight = velocity.weight(t) if config.path != "ot" else None  # see build
+        weight = velocity.weight(t) if config.path != "ot" else None  # Velocity's
         loss = cfm_loss(lambda x, t: model(x, t, y), PATHS[config.path], x_1, x_0, t, weight)
     warm_up = min(1, step / max(1, config.warmup))
     decay = 1 - (step - 1) / config.steps  # linear; 0 would be the step after the last
@@ -914,7 +914,7 @@ def train(config, checkpoint=None):
     state = start_state(velocity, checkpoint)
     start, log = (checkpoint["step"], checkpoint["log"]) if checkpoint else (0, [])
     model = nn.parallel.DistributedDataParallel(velocity) if world > 1 else velocity
-    model = torch.compile(model) if config.compile else model  # saved and averaged as it is
+    model = torch.compile(model) if config.compile else model  # state keeps it uncompiled
     out.mkdir(parents=True, exist_ok=True)
     if config.overwrite and rank == 0 and not checkpoint:
         for file in [*out.glob("step-[0-9]*.png"), *out.glob("checkpoint.pt")]:
@@ -959,7 +959,7 @@ def train(config, checkpoint=None):
     if world > 1:
         dist.barrier()  # destroyed in the middle of an all-reduce, gloo can wait for ever
         dist.destroy_process_group()
-    return (stops or [signal.SIGTERM])[0] if step < config.steps else 0  # SIGTERM: another rank's
+    return (stops or [signal.SIGTERM])[0] if step < config.steps else 0  # SIGTERM: to another rank
 
 
 # §10  The theory, drawn: the exact field of Eq. 8 in the plane, without a network  (needs all) ---
@@ -1028,7 +1028,7 @@ TRAIN = {
     "--flip": dict(action=switch, help="mirror images at random; default: %(default)s"),
     "--size": dict(type=small, default=16, help="height and width of the images, pixels"),
     "--width": dict(type=small, default=16, help="channels at full resolution"),
-    "--mults": dict(type=integers, default="1,2,4", help="of it, one per level; folder: by size"),
+    "--mults": dict(type=integers, default="1,2,4", help="times --width, a level; folder: by size"),
     "--blocks": dict(type=count, default=1, help="residual blocks per level"),
     "--attention": dict(type=integers, default="none", help="at maps of these heights, as 16,8"),
     "--dropout": dict(type=share, default=0.0, help="share of activations dropped"),
@@ -1135,8 +1135,8 @@ def run_train(parser, argv):
         raise UserError(f"--out {out} is inside --data {args.data}")
     if args.batch % int(os.environ.get("WORLD_SIZE", 1)):
         raise UserError(f"--batch {args.batch} is not divisible by the number of ranks")
-    if not checkpoint:  # nothing but what a run leaves that died before its first may be there
-        check_out(out, args.overwrite, True, mine=["log.jsonl", "step-*.png", "*.tmp"])
+    if not checkpoint:  # a run that stopped before it had one may have left these
+        check_out(out, args.overwrite, True, mine=["log.jsonl", "*.tmp"])
     elif checkpoint["step"] >= args.steps:
         raise UserError(f"{out} is at step {checkpoint['step']:,}: ask for more --steps")
     torch.backends.cudnn.benchmark = True  # shapes are fixed
@@ -1241,9 +1241,9 @@ def run_fid(parser, argv):
     made = make_images(velocity, in_batches(args.n, args.batch, "images"), args.seed, args.amp,
                        args.guidance, solver=args.solver, steps=args.steps,
                        tolerance=args.tolerance)
-    for part, nfe in made:
-        found.append(features(part))
-        nfes += [nfe] * len(part)
+    for batch, nfe in made:
+        found.append(features(batch))
+        nfes += [nfe] * len(batch)
     distance = frechet_distance(*fit_gaussian(found), *real)
     text = f"{title} {distance:.4f}: {args.n:,} made, {len(images):,} of {args.reference}"
     report(args, text, nfes, since, frechet_distance=distance, n_reference=len(images))
@@ -1294,7 +1294,7 @@ PICTURE = {
     "--seed": COMMON["--seed"],
     "--out": dict(default="paths.png", help="file of the picture"),
     "--overwrite": OUT["--overwrite"]}
-COMMANDS = {  # what runs, its flags, more defaults (in its row a switch's would be shown twice)
+COMMANDS = {  # what runs, its flags, more defaults (flip's is here: argparse would show it twice)
     "train": (run_train, COMMON | MIXED | OUT | TRAIN, dict(flip=False)),
     "sample": (run_sample, COMMON | MIXED | OUT | MODEL | GUIDANCE | SAMPLE, {}),
     "fid": (run_fid, COMMON | MIXED | MODEL | GUIDANCE | REFERENCE | FID,
