@@ -300,7 +300,8 @@ def test_a_solve_that_fails_says_so(v, solver, says):
 # §4  Sampling and likelihood --------------------------------------------------------------------
 def stir(x, t):
     t = t.view(-1, *[1] * (x.dim() - 2))
-    return torch.stack([(x[..., 1] + t).sin(), (2 * x[..., 0]).cos() - x[..., 1] * t], -1)
+    u = x[..., 0] / 2 + (x[..., 1] + t).sin(), (2 * x[..., 0]).cos() - x[..., 1] * t
+    return torch.stack(u, -1)
 
 
 @ALL_PATHS
@@ -1486,6 +1487,7 @@ def bad(tiny, models, tmp_path_factory):
         image.save(root / name)
     shutil.copytree(tiny[1], root / "run")
     shutil.copytree(models["ot"].parent, root / "ten")
+    (root / "odd").mkdir()
     bomb, checkpoint = (root / "broken/bomb.png").read_bytes(), load(tiny[1])
     optimizer = copy.deepcopy(checkpoint["optimizer"])
     optimizer["state"][0]["exp_avg"] = torch.ones(2)  # Adam would write beyond its end
@@ -1503,6 +1505,7 @@ def bad(tiny, models, tmp_path_factory):
             "config.pt": checkpoint | {"config": {"path": "ot"}}, "list.pt": [1, 2],
             "shapes.pt": checkpoint | {"ema": {k: p[:1] for k, p in weights.items()}},
             "more.pt": checkpoint | {"ema": weights | {"more": torch.ones(1)}},
+            "odd/checkpoint.pt": checkpoint | {"ema": {k: p[:1] for k, p in weights.items()}},
             "moments.pt": checkpoint | {"optimizer": optimizer},
             "fresh.pt": checkpoint | {"optimizer": {}},
             "nan.pt": checkpoint | {"ema": {k: p * math.nan for k, p in weights.items()}},
@@ -1536,6 +1539,7 @@ REFUSED = {
         "--out run --steps 30 --width 16": "--width cannot change",
         "--out run --steps 30 --data colour": "other channels or classes",
         "--out run --steps 30 --data gone": "gone is no folder",
+        "--out odd --steps 30": "odd/checkpoint.pt",
         "--out ten --steps 30 --data two": "other channels or classes"},
     "sample": {"": "runs", "--ckpt nowhere.pt": "nowhere.pt", "--ckpt empty": "empty",
                "--solver heun": "heun", "--device cuda": "cpu", "--amp half": "half", **{
@@ -1548,7 +1552,7 @@ REFUSED = {
     "sample --ckpt tiny.pt": {
         "--out x.png": "x.png name a file", "--out empty.png": "name a file",
         "--label 0": "--classes", "--solver dopri5 --steps 3": "leave out",
-        "--guidance 2 --out images --overwrite": "--classes"},
+        "--tolerance 0": "--tolerance", "--guidance 2 --out images --overwrite": "--classes"},
     "": {"nll --ckpt tiny.pt --n 1 --reference train": "two", "paths --x y": "--x",
          "nll --ckpt tiny.pt --reference colour": "3 channels",
          "paths --out other.pth/x.png": "other.pth is no folder", "paths --out / --overwrite": "/",
