@@ -291,6 +291,7 @@ def test_a_bfloat16_state_gets_float32_times_and_float32_stays_as_it_is():
 @pytest.mark.parametrize("v, solver, says", [
     (lambda x, t: x / 0, "dopri5", "velocity is not finite"),
     (lambda x, t: x * math.nan, "midpoint", "solution is not finite"),
+    (lambda x, t: x / 0, "euler", "solution is not finite"),
     (lambda x, t: x**2, "dopri5", "dopri5 failed")])  # leaves at t = 1
 def test_a_solve_that_fails_says_so(v, solver, says):
     with pytest.raises(FloatingPointError, match=says):
