@@ -433,7 +433,7 @@ class UNet(nn.Module):
             if isinstance(layer, ResBlock):
                 h = layer(torch.cat([h, skips.pop()], 1), emb)
             else:
-                h = layer(F.interpolate(h, skips[-1].shape[2:]))  # double, or less: odd sizes
+                h = layer(F.interpolate(h, skips[-1].shape[2:]))  # twice, or one less
         return self.out(F.silu(self.out_norm(h)))
 
 
@@ -783,7 +783,7 @@ def read_checkpoint(file):
                    for kept in checkpoint["optimizer"]["state"].values()]
         known = {*FIXED, "channels", "data", "data_rms", "dropout", "names"}
         if averaged != shapes or moments != 2 * shapes or not known <= checkpoint["config"].keys():
-            raise ValueError("an optimizer or flags of another training")
+            raise ValueError("parts or flags of another training")
         if not all(p.isfinite().all() for p in checkpoint["ema"].values()):
             raise ValueError("weights are not finite")
         return checkpoint
@@ -855,7 +855,7 @@ def train_step(model, state, step, batch):
     velocity, ema, optimizer, scaler = (state[k] for k in ("model", "ema", "optimizer", "scaler"))
     config, (x_1, y, x_0, t) = velocity.config, batch
     with torch.autocast(t.device.type, AMP.get(config.amp), enabled=config.amp in AMP):
-        weight = velocity.weight(t) if config.path != "ot" else None  # Velocity's
+        weight = velocity.weight(t) if config.path != "ot" else None  # ot: no Velocity
         loss = cfm_loss(lambda x, t: model(x, t, y), PATHS[config.path], x_1, x_0, t, weight)
     warm_up = min(1, step / max(1, config.warmup))
     decay = 1 - (step - 1) / config.steps  # linear; 0 would be the step after the last
@@ -909,7 +909,7 @@ def train(config, checkpoint=None):
         images, labels = images.to(device), labels.to(device)
 
     torch.manual_seed(config.seed)
-    layout = torch.contiguous_format if device.type == "mps" else torch.channels_last  # mps errs
+    layout = torch.contiguous_format if device.type == "mps" else torch.channels_last  # MPS bugs
     velocity = build(config).to(device, memory_format=layout)
     state = start_state(velocity, checkpoint)
     start, log = (checkpoint["step"], checkpoint["log"]) if checkpoint else (0, [])
@@ -1115,7 +1115,7 @@ def run_train(parser, argv):
             out = newest("log.jsonl").parent  # which may have no checkpoint yet: refused
         checkpoint = read_checkpoint(out / "checkpoint.pt")
         parser.set_defaults(**checkpoint["config"] | dict(device=None, compile=False,
-                                                          overwrite=False))  # of this call
+                                                          overwrite=False))  # anew each time
     else:
         parser.set_defaults(data=data, path=path, **RECIPES.get(data, RECIPES[None]))
     args = parser.parse_args(argv)  # what was typed wins over these defaults, which --help shows
@@ -1211,7 +1211,7 @@ def run_sample(parser, argv):
         if not folder:
             grid += images
         else:
-            for i, image in enumerate(images, len(nfes)):  # as many were made
+            for i, image in enumerate(images, len(nfes)):  # from those before on
                 to_pil_image(image).save(out / f"{i:06d}.png")
         nfes += [nfe] * len(images)
     if grid:  # with classes, a class a column

@@ -1496,6 +1496,7 @@ def bad(tiny, models, tmp_path_factory):
     optimizer = copy.deepcopy(checkpoint["optimizer"])
     optimizer["state"][0]["exp_avg"] = torch.ones(2)  # Adam would write beyond its end
     flags, weights, digits = checkpoint["config"], checkpoint["ema"], torch.load(models["ot"])
+    odd = checkpoint | {"ema": {k: p[:1] for k, p in weights.items()}}
     middle = whole.index(next(iter(weights.values())).numpy().tobytes())
     flipped = bytes([whole[middle] ^ 1])  # one bit of one weight
     for name, content in {
@@ -1507,9 +1508,8 @@ def bad(tiny, models, tmp_path_factory):
     for name, content in {
             "pickle.pt": {"model": Payload()}, "foreign.pt": {"state_dict": {}},
             "config.pt": checkpoint | {"config": {"path": "ot"}}, "list.pt": [1, 2],
-            "shapes.pt": checkpoint | {"ema": {k: p[:1] for k, p in weights.items()}},
+            "shapes.pt": odd, "odd/checkpoint.pt": odd,
             "more.pt": checkpoint | {"ema": weights | {"more": torch.ones(1)}},
-            "odd/checkpoint.pt": checkpoint | {"ema": {k: p[:1] for k, p in weights.items()}},
             "moments.pt": checkpoint | {"optimizer": optimizer},
             "fresh.pt": checkpoint | {"optimizer": {}},
             "nan.pt": checkpoint | {"ema": {k: p * math.nan for k, p in weights.items()}},
