@@ -101,13 +101,13 @@ def conditional_velocity(path, x, x_1, t):
 def marginal_velocity(path, x, t, means, tau=0.0):
     """The exact marginal field, Eq. 8, where the data is K equal Gaussians N(m_k, τ² I).
 
-    x: (B, D), t: (B,), means: (K, D).  At t component k is N(α m_k, (α²τ² + σ²) I) and moves by
-    Theorem 3; the field is the mean of these velocities, weighted by p(k | x, t).
+    x: (B, D), t: (B,), means: (K, D).  At t component k is N(α m_k, s² I), s² = α²τ² + σ², and
+    moves by Theorem 3 with s for σ; the field is the mean of these, weighted by p(k | x, t).
     """
     alpha, sigma, d_alpha, d_sigma = (c[:, None, None] for c in path(t))
     offset = x[:, None] - alpha * means  # (B, K, D)
     variance = (alpha * tau) ** 2 + sigma**2
-    growth = (alpha * d_alpha * tau**2 + sigma * d_sigma) / variance  # std'/std
+    growth = (alpha * d_alpha * tau**2 + sigma * d_sigma) / variance  # s'/s
     posterior = (-offset.square().sum(-1, keepdim=True) / (2 * variance)).softmax(1)  # (B, K, 1)
     return (posterior * (growth * offset + d_alpha * means)).sum(1)
 
@@ -130,14 +130,14 @@ def cfm_loss(v, path, x_1, x_0=None, t=None, weight=None):
     u = d_alpha * x_1 + d_sigma * x_0
     velocity = v((alpha * x_1 + sigma * x_0).to(x_1.dtype), t)
     if not velocity.shape == x_0.shape == x_1.shape or len(x_1) == 0:  # would be broadcast, or NaN
-        shapes = [tuple(part.shape) for part in (velocity, x_0, x_1)]
-        raise ValueError("velocity {}, x_0 {}, x_1 {}: must be of one shape, B > 0".format(*shapes))
+        raise ValueError(f"velocity {tuple(velocity.shape)}, x_0 {tuple(x_0.shape)}, x_1 "
+                         f"{tuple(x_1.shape)}: must be of one shape, B > 0")
     error = (velocity - u).square().reshape(len(u), -1).mean(1)
     return (error if weight is None else expand(weight, error) * error).mean()
 
 
 # §3  ODE solvers: dx/dt = f(x, t)  (needs np, torch, solve_ivp) ---------------------------------
-# The steps, and dopri5 (a whole solve), call f(x, t) with a number t; odeint calls v with t: (B,).
+# A step, and dopri5 (a whole solve), get f(x, t), t a number; odeint makes it of v(x, t), t: (B,).
 
 
 def euler(f, x, t, h):
@@ -238,16 +238,16 @@ def log_likelihood(v, x_1, path=ot_path, probes=None, **solver):
     """log p_1(x_1) in nats, (B,), and the NFE: the change of variables along the flow.
 
     d log p_t(x_t)/dt = −div v(x_t, t), solved backward in time from the data x_1: (B, ...).
-    div v is the sum, not the mean, of Eᵀ (∂v/∂x) E over the probes, tensors E: (B, ...).  One of
-    random signs is Hutchinson's unbiased estimate; None: all D unit vectors, exact, D gradients an
-    evaluation.  v must depend on x and not mix samples.  The result has no gradient.
+    div v is the sum of Eᵀ (∂v/∂x) E over the probes, tensors E: (B, ...).  A single probe of random
+    signs is Hutchinson's unbiased estimate (n of them: each over √n); None: all D unit vectors,
+    exact, D gradients an evaluation.  v must depend on x and not mix samples.
     """
     B, D = len(x_1), math.prod(x_1.shape[1:])
     if probes is None:
         units = torch.eye(D, dtype=x_1.dtype, device=x_1.device)
         probes = units.reshape(D, 1, *x_1.shape[1:]).expand(D, *x_1.shape)
 
-    def f(state, t):  # t: (B,); x and ∫ div v dt as one state, (B, D + 1)
+    def augmented(state, t):  # x and ∫ div v dt as one state, (B, D + 1)
         x, div = state[:, :D].reshape(x_1.shape).requires_grad_(), 0
         with torch.enable_grad():
             u = v(x, t)
@@ -256,7 +256,7 @@ def log_likelihood(v, x_1, path=ot_path, probes=None, **solver):
             div = div + (E_J * E).reshape(B, D).sum(1, keepdim=True)
         return torch.cat([u.detach().reshape(B, D), div], 1)
 
-    state, nfe = odeint(f, F.pad(x_1.reshape(B, D), (0, 1)), 1.0, 0.0, **solver)
+    state, nfe = odeint(augmented, F.pad(x_1.reshape(B, D), (0, 1)), 1.0, 0.0, **solver)
     variance = path(state.new_zeros(1))[1] ** 2
     log_p_0 = -0.5 * (state[:, :D].square() / variance + (2 * math.pi * variance).log()).sum(1)
     return log_p_0 + state[:, D], nfe  # backward in time: state[:, D] = −∫ div v dt
@@ -265,8 +265,8 @@ def log_likelihood(v, x_1, path=ot_path, probes=None, **solver):
 def bits_per_dim(log_p, D):
     """−log2 P(image) / D of images of 256 levels: (B,).
 
-    log_p: (B, K), nats, log p_1 of K draws of x = (k + u)/128 − 1 for levels k and u ~ U[0, 1).
-    In training level k is k/127.5 − 1: in bin k or, of 255, on its upper edge.  A bin is 1/128
+    log_p: (B, K), nats, log p_1 of K draws of x = (l + u)/128 − 1 for levels l and u ~ U[0, 1).
+    In training level l is l/127.5 − 1: in bin l or, of 255, on its upper edge.  A bin is 1/128
     wide: 7 = log2 128 bits.  The mean result is an upper bound that K tightens.
     """
     return 7 - (log_p.logsumexp(1) - math.log(log_p.shape[1])) / (D * math.log(2))
@@ -324,13 +324,13 @@ def time_embedding(t, dim):
 
 
 def group_norm(channels):
-    """GroupNorm of 32, 16, 8, 4 or 2 groups of a multiple of 4 channels each, else of one."""
+    """GroupNorm of 32, 16, 8, 4 or 2 groups of a multiple of 4 channels each, else one group."""
     groups = next((n for n in (32, 16, 8, 4, 2) if channels % (4 * n) == 0), 1)
     return nn.GroupNorm(groups, channels)
 
 
 def zero_(module):
-    """Zero the parameters: what the module adds to its input, or puts out, starts at 0."""
+    """Zero the parameters: what a block adds, or the network puts out, starts at 0."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module
@@ -433,7 +433,7 @@ class UNet(nn.Module):
             if isinstance(layer, ResBlock):
                 h = layer(torch.cat([h, skips.pop()], 1), emb)
             else:
-                h = layer(F.interpolate(h, skips[-1].shape[2:]))  # twice, or one less
+                h = layer(F.interpolate(h, skips[-1].shape[2:]))  # twice as large, or one less
         return self.out(F.silu(self.out_norm(h)))
 
 
@@ -517,9 +517,9 @@ def inception(file=None, device="cpu"):
         return (1 - (place[:, None] - torch.arange(n, device=device)).abs()).clamp(min=0)
 
     def features(images):
-        x = 127.5 * (to_float(images.to(device)) + 1)  # 0..255
+        x = to_float(images.to(device))
         x = tent(x.shape[2]) @ x @ tent(x.shape[3]).T
-        return net((x.expand(-1, 3, -1, -1) - 128) / 128)
+        return net((127.5 * x.expand(-1, 3, -1, -1) - 0.5) / 128)  # (level − 128)/128
 
     return features
 
@@ -654,7 +654,8 @@ def load_folder(folder, data_dir, size, classes=False):
     if others:
         print(folder, "left out:", *(f"{n:,} {end}" for end, n in sorted(others.items())))
     if not found:
-        raise UserError(f"{folder} is no folder with images, nor digits, {', '.join(TORCHVISION)}")
+        raise UserError(f"{folder} is no folder with images, nor digits, {', '.join(TORCHVISION)}: "
+                        "name one by --data, or by --reference")
     names = sorted({*found.values()} - {""})
     if len(names) > 1 and {name.lower() for name in names} <= SPLITS:
         raise UserError(f"{folder} holds splits, not classes: name one, as {root / names[0]}")
@@ -707,7 +708,7 @@ def save_grid(images, columns, file):
 
 # §9  Training  (needs all above) ----------------------------------------------------------------
 
-RECIPES = {  # what a data set changes in the defaults of train; None: a folder
+RECIPES = {  # what a data set changes in the defaults of train (TRAIN, §11); the last: a folder
     "digits": {},
     "mnist": dict(size=28, steps=4000),
     "fashion-mnist": dict(size=28, steps=4000, flip=True),
@@ -737,7 +738,7 @@ def start_ranks(device):
 def build(config):
     """The network, randomly initialised, of train's flags and its data's channels, names, rms."""
     net = UNet(config.channels, config.size, config.width, config.mults, config.blocks,
-               config.attention, config.dropout, len(config.names))
+               config.attention, config.dropout, len(config.names))  # none without --classes
     velocity = net if config.path == "ot" else Velocity(net, PATHS[config.path], config.data_rms)
     velocity.config = config
     return velocity
@@ -746,7 +747,7 @@ def build(config):
 def draw_batch(images, labels, config, step, device, rank=0, world=1):
     """A rank's share of the batch of a step: x_1, y, x_0, t.
 
-    The whole batch depends on (seed, step) and the kind of device, for torch is seeded anew by it.
+    Torch is seeded anew: the whole batch depends on seed, step, and where it and images lie.
     """
     torch.manual_seed(hash((config.seed, step)))  # of integers: not salted
     B, K = config.batch, len(config.names)
@@ -777,7 +778,7 @@ def read_checkpoint(file):
         if damaged := zipfile.ZipFile(file).testzip():  # torch.load does not check the sums
             raise ValueError(f"damaged at {damaged}")
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)  # runs no code
-        shapes = [p.shape for p in checkpoint["model"].values()]  # as Adam's two moments
+        shapes = [p.shape for p in checkpoint["model"].values()]  # no buffers: as Adam's moments
         averaged = [p.shape for p in checkpoint["ema"].values()]
         moments = [kept[k].shape for k in ("exp_avg", "exp_avg_sq")
                    for kept in checkpoint["optimizer"]["state"].values()]
@@ -817,7 +818,7 @@ def start_state(velocity, checkpoint=None):
 
 
 def make_images(velocity, parts, seed=0, amp="off", guidance=1.0, label=None, **solver):
-    """Images of noises i, by parts, ranges of i: yields uint8 (B, C, H, W) on the CPU, and the NFE.
+    """Images made of noise i, for i in each range of parts: yields uint8 (B, C, H, W), and the NFE.
 
     With classes, image i is of `label`, or of class i mod K.  solver: as for odeint.
     """
@@ -851,7 +852,7 @@ def save(state, step, log, grid):
 
 
 def train_step(model, state, step, batch):
-    """One step of Adam and of the average of the weights; returns the loss."""
+    """A step of Adam and of the averaged weights; model: state's, or wrapped.  Returns the loss."""
     velocity, ema, optimizer, scaler = (state[k] for k in ("model", "ema", "optimizer", "scaler"))
     config, (x_1, y, x_0, t) = velocity.config, batch
     with torch.autocast(t.device.type, AMP.get(config.amp), enabled=config.amp in AMP):
@@ -900,7 +901,7 @@ def train(config, checkpoint=None):
     if local == 0 and world > 1:  # now the others may read
         dist.barrier()
     channels, names = images.shape[1], names if config.classes else []
-    if checkpoint and (channels, names) != (config.channels, config.names):
+    if checkpoint and (channels, names) != (config.channels, config.names):  # of the checkpoint
         raise UserError(f"{config.data} has other channels or classes than {out}")
     if not checkpoint:
         rms = to_float(images[:: 1 + len(images) // 1000]).square().mean().sqrt().item()
@@ -1010,7 +1011,7 @@ def integers(text):
 
 
 COMMON = {
-    "--seed": dict(type=natural, default=0, help="of all that is random"),
+    "--seed": dict(type=natural, default=0, help="of all that is random but the drawn digits"),
     "--device": dict(help="cuda, cuda:1, mps or cpu; default: the fastest here")}
 MIXED = {"--amp": dict(choices=[*AMP, "off"], help="default: bf16 or fp16 on CUDA, but for dopri5")}
 OUT = {
@@ -1050,7 +1051,8 @@ MODEL = {
     "--tolerance": dict(type=fine, default=1e-5, help="of dopri5, relative and absolute")}
 GUIDANCE = {"--guidance": dict(type=number(float, 0), default=1.0, help="scale; 1 is none")}
 REFERENCE = {
-    "--reference": dict(help="train, test, a data set or folder; default: train; nll: test if any"),
+    "--reference": dict(help="train, test, a data set (its training split) or a folder; default: "
+                             "train, but of nll test, if there is one"),
     "--data-dir": dict(help="of downloads and decoded images; default: as in training")}
 SAMPLE = {
     "--label": dict(help="class to make; default: all in turn"),
@@ -1068,18 +1070,17 @@ def check_out(out, overwrite, folder=False, mine=()):
 
     mine: patterns of the files that may be in a folder all the same.
     """
-    if os.path.lexists(out) and not (out.is_dir() or out.is_file()):
-        raise UserError(f"{out} is a device or a broken link: name another place")
-    if out.exists() and out.is_dir() != folder:
-        raise UserError(f"{out} is " + ("no folder" if folder else "a folder: name a file"))
+    if os.path.lexists(out) and not (out.is_dir() if folder else out.is_file()):
+        raise UserError(f"{out} is no {'folder' if folder else 'file'}: name another place")
     there = [*out.iterdir()] if out.is_dir() else [out] if out.is_file() else []
     foreign = [file for file in there if not any(file.match(name) for name in mine)]
     if foreign and not overwrite:
         raise UserError(f"{out} exists: try --overwrite" + (" or train --resume" if mine else ""))
-    inside = out / "_" if folder else out
-    above = next(p for p in inside.absolute().parents if p.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK):
-        raise UserError(f"{out} can't be written: {above} is no folder to write in")
+    home = out if folder else out.parent
+    while not home.exists():
+        home = home.parent
+    if not home.is_dir() or not os.access(home, os.W_OK):
+        raise UserError(f"{out} can't be written: {home} is no folder to write in")
 
 
 def newest(name):
@@ -1107,6 +1108,7 @@ def choose_device(args):
 
 def run_train(parser, argv):
     """Learn to make images from noise."""
+    # parsed twice: for what sets the defaults (--data, --path, --resume), and with these defaults
     args = parser.parse_args([arg for arg in argv if arg not in ("-h", "--help")])
     data, path, checkpoint = args.data or "digits", args.path or "ot", None
     out = Path(args.out or f"runs/{Path(data).absolute().name}-{path}")
@@ -1118,7 +1120,7 @@ def run_train(parser, argv):
                                                           overwrite=False))  # anew each time
     else:
         parser.set_defaults(data=data, path=path, **RECIPES.get(data, RECIPES[None]))
-    args = parser.parse_args(argv)  # what was typed wins over these defaults, which --help shows
+    args = parser.parse_args(argv)  # what was typed wins; --help shows the defaults
     for flag in FIXED:
         if checkpoint and getattr(args, flag) != checkpoint["config"][flag]:
             raise UserError(f"--{flag} cannot change: {out} has {checkpoint['config'][flag]}")
@@ -1168,8 +1170,6 @@ def open_reference(args, config):
     """The images of --reference; UserError also where no result could be kept beside --ckpt."""
     args.reference = args.reference or ("test" if config.data in RECIPES else "train")
     data = config.data if args.reference in ("train", "test") else args.reference
-    if data == config.data and data not in RECIPES and not Path(data).is_dir():
-        raise UserError(f"the training's folder {data} is not here: name it by --reference")
     images, _, _ = load_data(data, args.data_dir or config.data_dir, config.size,
                              test=args.reference == "test")
     if images.shape[1] != config.channels:
@@ -1181,7 +1181,7 @@ def open_reference(args, config):
 
 
 def report(args, text, nfes, since, **row):
-    """Keeps a row of results, with all flags, beside the checkpoint; then prints it."""
+    """Adds a row, with all flags, to results.jsonl beside the checkpoint; then prints the text."""
     row |= dict(nfe=np.mean(nfes), seconds=time.perf_counter() - since)
     with open(args.ckpt.with_name("results.jsonl"), "a") as results:
         print(json.dumps(vars(args) | row, default=str), file=results)
@@ -1211,7 +1211,7 @@ def run_sample(parser, argv):
         if not folder:
             grid += images
         else:
-            for i, image in enumerate(images, len(nfes)):  # from those before on
+            for i, image in enumerate(images, len(nfes)):  # nfes: one for each image before
                 to_pil_image(image).save(out / f"{i:06d}.png")
         nfes += [nfe] * len(images)
     if grid:  # with classes, a class a column
@@ -1222,7 +1222,7 @@ def run_sample(parser, argv):
 
 
 def run_fid(parser, argv):
-    """Frechet distance between real images and those of a checkpoint, classes in equal numbers."""
+    """Frechet distance between real images and those of a checkpoint, classes in turn."""
     args = parser.parse_args(argv)
     velocity = open_model(args)
     if args.features == "pixels" and args.inception:
@@ -1263,7 +1263,7 @@ def run_nll(parser, argv):
     log_p, nfes, since = torch.empty(n, args.k, dtype=torch.float64), [], time.perf_counter()
     for part in in_batches(n, args.batch, "images"):
         # one draw of signs for the K draws of an image: independent errors of the estimate would
-        # raise bits_per_dim's mean of exponentials
+        # raise bits_per_dim's mean of exponentials; 1 and 2 keep images and signs independent
         signs = draw_noise((args.seed, 2), part, shape).sign().to(args.device)
         for k in range(args.k):
             u = draw_noise((args.seed, 1, k), part, shape, law="random")
@@ -1300,7 +1300,7 @@ COMMANDS = {  # what runs, its flags, more defaults (flip's is here: argparse wo
     "fid": (run_fid, COMMON | MIXED | MODEL | GUIDANCE | REFERENCE | FID,
             dict(n=50_000, reference="train")),
     "nll": (run_nll, COMMON | MODEL | REFERENCE | NLL,
-            dict(n=128, batch=32, solver="dopri5", guidance=1.0, amp="off")),
+            dict(n=128, batch=32, solver="dopri5", guidance=1.0, amp="off")),  # read, but no flags
     "paths": (run_paths, PICTURE, {}),
 }
 

@@ -1554,13 +1554,13 @@ REFUSED = {
         "--label cat": "cat", "--label 10": "10", "--label bad --out new": "bad",
         "--guidance -1": "--g", "--out other.pth/made": "other.pth is no folder"},
     "sample --ckpt tiny.pt": {
-        "--out x.png": "x.png name a file", "--out empty.png": "name a file",
+        "--out x.png": "x.png is no file", "--out empty.png": "is no file",
         "--label 0": "--classes", "--solver dopri5 --steps 3": "leave out",
         "--tolerance 0": "--tolerance", "--guidance 2 --out images --overwrite": "--classes"},
     "": {"nll --ckpt tiny.pt --n 1 --reference train": "two", "paths --x y": "--x",
          "nll --ckpt tiny.pt --reference colour": "3 channels",
          "paths --out other.pth/x.png": "other.pth is no folder", "paths --out / --overwrite": "/",
-         "paths --out images --overwrite": "name a file", "paths --out .": "name a file",
+         "paths --out images --overwrite": "is no file", "paths --out .": "is no file",
          "nll --ckpt tiny.pt --amp bf16": "--amp",
          "paths --seed -1": "--seed", "fid --n 0": "--n", "fid --steps 0": "--steps",
          "nll --ckpt tiny.pt --k 0": "--k"},
@@ -1573,7 +1573,7 @@ REFUSED = {
         "--reference nowhere": "nowhere", "--reference test": "no test split",
         "--reference one": "two images", "--reference colour": "3 channels",
         "--solver dopri5 --steps 5": "dopri5 chooses"},
-    "fid --ckpt gone.pt --features pixels": {"": "folder gone is not here --reference"},
+    "fid --ckpt gone.pt --features pixels": {"": "gone is no folder --reference"},
 }
 
 
