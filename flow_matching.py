@@ -4,11 +4,11 @@
 # ///
 """Flow Matching for Generative Modeling (Lipman et al., arXiv 2210.02747) in one file.
 
-A probability path x_t = α(t) x_1 + σ(t) x_0 leads from noise x_0 at t = 0 to an image x_1 at
-t = 1.  Along it every pair (x_0, x_1) moves with the velocity u = α'(t) x_1 + σ'(t) x_0.  A
-network v(x, t) learns u by plain regression at random (x_t, t): Eq. 14.  The loss is least at
-the mean velocity of all pairs that meet at x (Eq. 8), and following that mean moves the noise
-distribution onto the data (Theorem 1).  So new images are the solutions of dx/dt = v(x, t).
+A path x_t = α(t) x_1 + σ(t) x_0 leads from scaled noise x_0 at t = 0 to an image x_1 at t = 1.
+Along it every pair (x_0, x_1) moves with the velocity u = α'(t) x_1 + σ'(t) x_0.  A network
+v(x, t) learns u by plain regression at random (x_t, t): Eq. 14.  The loss is least at the mean
+velocity of all pairs that meet at x (Eq. 8), and following that mean moves the noise distribution
+onto the data (Theorem 1).  So new images are where the solutions of dx/dt = v(x, t) end.
 
     python flow_matching.py train --path ot
     python flow_matching.py sample --steps 20
@@ -137,7 +137,7 @@ def cfm_loss(v, path, x_1, x_0=None, t=None, weight=None):
 
 
 # §3  ODE solvers: dx/dt = f(x, t)  (needs np, torch, solve_ivp) ---------------------------------
-# A step, and dopri5 (a whole solve), get f(x, t), t a number; odeint makes it of v(x, t), t: (B,).
+# A step, and dopri5 (a whole solve), get f(x, t), t a number; odeint makes f of v(x, t), t: (B,).
 
 
 def euler(f, x, t, h):
@@ -266,7 +266,7 @@ def bits_per_dim(log_p, D):
     """−log2 P(image) / D of images of 256 levels: (B,).
 
     log_p: (B, K), nats, log p_1 of K draws of x = (l + u)/128 − 1 for levels l and u ~ U[0, 1).
-    In training level l is l/127.5 − 1: in bin l or, of 255, on its upper edge.  A bin is 1/128
+    In training level l is l/127.5 − 1: in bin l, but 255 on its upper edge.  A bin is 1/128
     wide: 7 = log2 128 bits.  The mean result is an upper bound that K tightens.
     """
     return 7 - (log_p.logsumexp(1) - math.log(log_p.shape[1])) / (D * math.log(2))
@@ -380,7 +380,7 @@ class UNet(nn.Module):
     width: channels at full resolution; mults: multiples of it, one per level; blocks: residual
     blocks per level, one more on the way up; attention: heights of feature maps at which to
     attend, for images of height `size`; if there is one, the middle attends too; classes: number
-    of labels, where label `classes`, or y = None, is "no label".
+    of labels, where label `classes`, or y = None, is "no label"; if 0, y is ignored.
     The defaults are the usual CIFAR-10 net: 35.5M parameters.
     """
 
@@ -438,7 +438,7 @@ class UNet(nn.Module):
 
 
 class Velocity(nn.Module):
-    """The velocity v(x, t, y) of a path whose scales vary, by any `net` of these arguments.
+    """Preconditioning: the velocity v(x, t, y) of any path by any `net` of these arguments.
 
     net learns only what the best linear predictor of u from x misses, at unit scale (Karras et al.,
     arXiv 2206.00364, §5, for any path): v = c_skip x + c_out net(c_in x, t, y), weight 1/c_out².
@@ -583,7 +583,7 @@ def atomic(file):
 
 
 def in_batches(n, size, what):
-    """0..n − 1 in ranges of `size`, shown after each; where no terminal is, once a minute."""
+    """0..n − 1 in ranges of `size`, shown after each; without a terminal each minute, and last."""
     since = last = time.perf_counter()
     for i in range(0, n, size):
         part = range(n)[i : i + size]
@@ -700,7 +700,7 @@ def load_data(name, data_dir, size, test=False, classes=False):
 
 
 def save_grid(images, columns, file):
-    """uint8 (N, C, H, W) as one PNG, small pixels enlarged."""
+    """uint8 (N, C, H, W) as one PNG, a small grid enlarged."""
     grid = to_pil_image(torchvision.utils.make_grid(images, columns, padding=1, pad_value=128))
     with atomic(Path(file)) as f:
         ImageOps.scale(grid, max(1, 768 // grid.width), Image.NEAREST).save(f, "PNG")
@@ -715,7 +715,7 @@ RECIPES = {  # what a data set changes in the defaults of train (TRAIN, §11); t
     "cifar10": dict(size=32, width=128, mults=[1, 2, 2, 2], blocks=2, attention=[16], dropout=0.1,
                     batch=128, lr=2e-4, warmup=5000, steps=400_000, flip=True, save_every=5000),
     None: dict(size=32, width=64, mults=None, attention=None, blocks=2, batch=64, lr=1e-3,
-               warmup=200, steps=20_000, save_every=1000),  # None: by size, in run_train
+               warmup=200, steps=20_000, save_every=1000),  # None: run_train goes by size
 }
 AMP = dict(bf16=torch.bfloat16, fp16=torch.float16)  # mixed precision: the type of matrix work
 FIXED = ["path", "classes", "size", "width", "mults", "blocks", "attention"]  # --resume keeps them
@@ -747,7 +747,7 @@ def build(config):
 def draw_batch(images, labels, config, step, device, rank=0, world=1):
     """A rank's share of the batch of a step: x_1, y, x_0, t.
 
-    Torch is seeded anew: the whole batch depends on seed, step, and where it and images lie.
+    Torch is seeded anew: the whole batch depends on seed, step, and the devices of it and images.
     """
     torch.manual_seed(hash((config.seed, step)))  # of integers: not salted
     B, K = config.batch, len(config.names)
@@ -778,15 +778,15 @@ def read_checkpoint(file):
         if damaged := zipfile.ZipFile(file).testzip():  # torch.load does not check the sums
             raise ValueError(f"damaged at {damaged}")
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)  # runs no code
-        shapes = [p.shape for p in checkpoint["model"].values()]  # no buffers: as Adam's moments
-        averaged = [p.shape for p in checkpoint["ema"].values()]
-        moments = [kept[k].shape for k in ("exp_avg", "exp_avg_sq")
-                   for kept in checkpoint["optimizer"]["state"].values()]
+        model, ema, adam = (checkpoint[name] for name in ("model", "ema", "optimizer"))
+        moments = [adam["state"][i] for i in adam["param_groups"][0]["params"]]
+        for p, average, kept in zip(model.values(), ema.values(), moments, strict=True):
+            shapes = {p.shape, average.shape, kept["exp_avg"].shape, kept["exp_avg_sq"].shape}
+            if len(shapes) > 1 or not average.isfinite().all():
+                raise ValueError("weights are not finite, or of another shape than Adam's moments")
         known = {*FIXED, "channels", "data", "data_rms", "dropout", "names"}
-        if averaged != shapes or moments != 2 * shapes or not known <= checkpoint["config"].keys():
-            raise ValueError("parts or flags of another training")
-        if not all(p.isfinite().all() for p in checkpoint["ema"].values()):
-            raise ValueError("weights are not finite")
+        if not known <= checkpoint["config"].keys():
+            raise ValueError("flags of another training")
         return checkpoint
     except Exception as error:  # torch, and a foreign dict, raise a dozen kinds
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:150]
@@ -867,7 +867,7 @@ def train_step(model, state, step, batch):
     nn.utils.clip_grad_norm_(velocity.parameters(), config.clip)
     scaler.step(optimizer)
     scaler.update()
-    keep = (1 - 1 / step) ** 13  # a power average, over about the last 1/13 (arXiv 2312.02696)
+    keep = (1 - 1 / step) ** 13  # a power average, about the last 1/13 so far (arXiv 2312.02696)
     with torch.no_grad():
         torch._foreach_lerp_([*ema.parameters()], [*velocity.parameters()], 1 - keep)
     return loss.detach()
@@ -901,7 +901,7 @@ def train(config, checkpoint=None):
     if local == 0 and world > 1:  # now the others may read
         dist.barrier()
     channels, names = images.shape[1], names if config.classes else []
-    if checkpoint and (channels, names) != (config.channels, config.names):  # of the checkpoint
+    if checkpoint and (channels, names) != (config.channels, config.names):  # the checkpoint's
         raise UserError(f"{config.data} has other channels or classes than {out}")
     if not checkpoint:
         rms = to_float(images[:: 1 + len(images) // 1000]).square().mean().sqrt().item()
@@ -932,9 +932,9 @@ def train(config, checkpoint=None):
         batch = draw_batch(images, labels, config, step, device, rank, world)
         torch.manual_seed(hash((config.seed, step, rank)))  # dropout differs between ranks
         losses.append(train_step(model, state, step, batch))
-        stopping = torch.tensor(len(stops))
+        stopping = torch.tensor(stops[0] if stops else 0)  # the signal
         if world > 1:  # ranks leave together
-            dist.all_reduce(stopping)
+            dist.all_reduce(stopping, dist.ReduceOp.MAX)
         saving = stopping > 0 or step % config.save_every == 0 or step == config.steps
 
         if saving or step % config.log_every == 0:
@@ -960,7 +960,7 @@ def train(config, checkpoint=None):
     if world > 1:
         dist.barrier()  # destroyed in the middle of an all-reduce, gloo can wait for ever
         dist.destroy_process_group()
-    return (stops or [signal.SIGTERM])[0] if step < config.steps else 0  # SIGTERM: to another rank
+    return int(stopping) if step < config.steps else 0
 
 
 # §10  The theory, drawn: the exact field of Eq. 8 in the plane, without a network  (needs all) ---
@@ -1052,7 +1052,7 @@ MODEL = {
 GUIDANCE = {"--guidance": dict(type=number(float, 0), default=1.0, help="scale; 1 is none")}
 REFERENCE = {
     "--reference": dict(help="train, test, a data set (its training split) or a folder; default: "
-                             "train, but of nll test, if there is one"),
+                             "train; for nll, test if there is one"),
     "--data-dir": dict(help="of downloads and decoded images; default: as in training")}
 SAMPLE = {
     "--label": dict(help="class to make; default: all in turn"),
@@ -1114,7 +1114,7 @@ def run_train(parser, argv):
     out = Path(args.out or f"runs/{Path(data).absolute().name}-{path}")
     if args.resume:  # the run's own flags, and what it found in its data, are the defaults
         if not (args.out or args.data or args.path):
-            out = newest("log.jsonl").parent  # which may have no checkpoint yet: refused
+            out = newest("log.jsonl").parent  # without a checkpoint yet, it is refused below
         checkpoint = read_checkpoint(out / "checkpoint.pt")
         parser.set_defaults(**checkpoint["config"] | dict(device=None, compile=False,
                                                           overwrite=False))  # anew each time
@@ -1263,7 +1263,7 @@ def run_nll(parser, argv):
     log_p, nfes, since = torch.empty(n, args.k, dtype=torch.float64), [], time.perf_counter()
     for part in in_batches(n, args.batch, "images"):
         # one draw of signs for the K draws of an image: independent errors of the estimate would
-        # raise bits_per_dim's mean of exponentials; 1 and 2 keep images and signs independent
+        # raise bits_per_dim's mean of exponentials; the 1 and 2 in seeds keep u and signs apart
         signs = draw_noise((args.seed, 2), part, shape).sign().to(args.device)
         for k in range(args.k):
             u = draw_noise((args.seed, 1, k), part, shape, law="random")
@@ -1294,20 +1294,20 @@ PICTURE = {
     "--seed": COMMON["--seed"],
     "--out": dict(default="paths.png", help="file of the picture"),
     "--overwrite": OUT["--overwrite"]}
-COMMANDS = {  # what runs, its flags, more defaults (flip's is here: argparse would show it twice)
+COMMANDS = {  # what runs, its flags, more defaults (in flip's row argparse would show it twice)
     "train": (run_train, COMMON | MIXED | OUT | TRAIN, dict(flip=False)),
     "sample": (run_sample, COMMON | MIXED | OUT | MODEL | GUIDANCE | SAMPLE, {}),
     "fid": (run_fid, COMMON | MIXED | MODEL | GUIDANCE | REFERENCE | FID,
             dict(n=50_000, reference="train")),
-    "nll": (run_nll, COMMON | MODEL | REFERENCE | NLL,
-            dict(n=128, batch=32, solver="dopri5", guidance=1.0, amp="off")),  # read, but no flags
+    "nll": (run_nll, COMMON | MODEL | REFERENCE | NLL,  # amp and guidance are no flags of it
+            dict(n=128, batch=32, solver="dopri5", guidance=1.0, amp="off")),
     "paths": (run_paths, PICTURE, {}),
 }
 
 
 def main(argv=None):
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # of a terminal without é
+        sys.stdout.reconfigure(errors="replace")  # it may lack the é of a name
     argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser("flow_matching.py", description="Flow Matching in one file.")
     commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")

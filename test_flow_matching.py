@@ -1495,6 +1495,8 @@ def bad(tiny, models, tmp_path_factory):
     bomb, checkpoint = (root / "broken/bomb.png").read_bytes(), load(tiny[1])
     optimizer = copy.deepcopy(checkpoint["optimizer"])
     optimizer["state"][0]["exp_avg"] = torch.ones(2)  # Adam would write beyond its end
+    turned = copy.deepcopy(checkpoint["optimizer"])
+    turned["param_groups"][0]["params"].reverse()  # of the right shapes, for other weights
     flags, weights, digits = checkpoint["config"], checkpoint["ema"], torch.load(models["ot"])
     odd = checkpoint | {"ema": {k: p[:1] for k, p in weights.items()}}
     middle = whole.index(next(iter(weights.values())).numpy().tobytes())
@@ -1511,6 +1513,7 @@ def bad(tiny, models, tmp_path_factory):
             "shapes.pt": odd, "odd/checkpoint.pt": odd,
             "more.pt": checkpoint | {"ema": weights | {"more": torch.ones(1)}},
             "moments.pt": checkpoint | {"optimizer": optimizer},
+            "turned.pt": checkpoint | {"optimizer": turned},
             "fresh.pt": checkpoint | {"optimizer": {}},
             "nan.pt": checkpoint | {"ema": {k: p * math.nan for k, p in weights.items()}},
             "gone.pt": checkpoint | {"config": flags | {"data": "gone"}},
@@ -1549,7 +1552,7 @@ REFUSED = {
                "--solver heun": "heun", "--device cuda": "cpu", "--amp half": "half", **{
                    f"--ckpt {name}.pt": f"{name}.pt" for name in (
                        "empty", "truncated", "pickle", "foreign", "shapes", "config", "damaged",
-                       "nan", "list", "more", "moments", "fresh")}},
+                       "nan", "list", "more", "moments", "turned", "fresh")}},
     "sample --ckpt classy.pt": {
         "--label cat": "cat", "--label 10": "10", "--label bad --out new": "bad",
         "--guidance -1": "--g", "--out other.pth/made": "other.pth is no folder"},
