@@ -1309,8 +1309,9 @@ def main(argv=None):
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # it may lack the é of a name
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser("flow_matching.py", description="Flow Matching in one file.")
-    commands = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
+    parser = argparse.ArgumentParser("flow_matching.py", usage=argparse.SUPPRESS,  # one line
+                                     description="COMMAND --help lists the flags of a command.")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", prog=parser.prog)
     for name, (run, rows, defaults) in COMMANDS.items():
         command = commands.add_parser(name, help=run.__doc__, description=run.__doc__,
                                       usage=argparse.SUPPRESS)  # an error is one line

@@ -1645,6 +1645,10 @@ def test_help_of_train_shows_the_defaults_of_its_data_and_no_command_prints_them
         fm.main([])
     said = capsys.readouterr().out
     assert stop.value.code == 0 and all(f"    {name} " in said for name in fm.COMMANDS)
+    with pytest.raises(SystemExit) as stop:
+        fm.main(["trian"])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and error.count("\n") == 1 and "invalid choice: 'trian'" in error
 
 
 @pytest.mark.parametrize("command", list(fm.COMMANDS))
