@@ -116,11 +116,11 @@ def marginal_velocity(path, x, t, means, tau=0.0):
 
 
 def cfm_loss(v, path, x_1, x_0=None, t=None, weight=None):
-    """Conditional flow matching, Eq. 14: mean ‖v(x_t, t) − u_t(x_t | x_1)‖² per element.
+    """Conditional flow matching, Eq. 14: mean ‖v(x_t, t) − dψ_t(x_0)/dt‖² per element.
 
     v: callable (x, t) -> velocity, x_1: (B, ...) data; x_0 ~ N(0, I) and t ~ U[0, 1] are drawn
-    unless given; weight: (B,), none in the paper.  u is taken from Eq. 13, the time derivative of
-    ψ_t(x_0), which has no σ'/σ.  Raises ValueError for a velocity of another shape than x_1.
+    unless given; weight: (B,), none in the paper.  By Eq. 13 the target is α' x_1 + σ' x_0,
+    without the σ'/σ of Eq. 15.  Raises ValueError for a velocity of another shape than x_1.
     """
     x_0 = torch.randn_like(x_1) if x_0 is None else x_0
     if t is None:  # at least float32: cast to bf16, a time would be exactly 1 once in 500
@@ -137,7 +137,7 @@ def cfm_loss(v, path, x_1, x_0=None, t=None, weight=None):
 
 
 # §3  ODE solvers: dx/dt = f(x, t)  (needs np, torch, solve_ivp) ---------------------------------
-# A step, and dopri5 (a whole solve), get f(x, t), t a number; odeint makes f of v(x, t), t: (B,).
+# A step, and dopri5 (a whole solve), take f(x, t), t a number, which odeint makes of v, t: (B,).
 
 
 def euler(f, x, t, h):
@@ -239,7 +239,7 @@ def log_likelihood(v, x_1, path=ot_path, probes=None, **solver):
 
     d log p_t(x_t)/dt = −div v(x_t, t), solved backward in time from the data x_1: (B, ...).
     div v is the sum of Eᵀ (∂v/∂x) E over the probes, tensors E: (B, ...).  A single probe of random
-    signs is Hutchinson's unbiased estimate (n of them: each over √n); None: all D unit vectors,
+    signs is Hutchinson's unbiased estimate (of n, divide each by √n); None: all D unit vectors,
     exact, D gradients an evaluation.  v must depend on x and not mix samples.
     """
     B, D = len(x_1), math.prod(x_1.shape[1:])
@@ -308,7 +308,7 @@ def draw_noise(seed, indices, shape, law="standard_normal"):
 
     Noise i depends on (seed, i) alone.  seed: a non-negative integer, or a tuple of them.
     """
-    rngs = [np.random.default_rng((seed, i)) for i in indices]
+    rngs = [np.random.default_rng((seed, i)) for i in indices]  # a tuple in it is flattened
     return torch.from_numpy(np.stack([getattr(rng, law)(shape, np.float32) for rng in rngs]))
 
 
@@ -379,7 +379,7 @@ class UNet(nn.Module):
 
     width: channels at full resolution; mults: multiples of it, one per level; blocks: residual
     blocks per level, one more on the way up; attention: heights of feature maps at which to
-    attend, for images of height `size`; if there is one, the middle attends too; classes: number
+    attend, for images of height `size`; if any is given, the middle attends too; classes: number
     of labels, where label `classes`, or y = None, is "no label"; if 0, y is ignored.
     The defaults are the usual CIFAR-10 net: 35.5M parameters.
     """
@@ -506,8 +506,8 @@ def inception(file=None, device="cpu"):
     net.load_state_dict(weights)
     net.fc = nn.Identity()
     net = torch.fx.symbolic_trace(net.eval().requires_grad_(False).to(device))
-    *means, last = (node for node in net.graph.nodes if node.target is F.avg_pool2d)
-    for node in means:  # TensorFlow's means leave the padding out,
+    *pools, last = (node for node in net.graph.nodes if node.target is F.avg_pool2d)
+    for node in pools:  # TensorFlow's means leave the padding out,
         node.update_kwarg("count_include_pad", False)
     last.target = F.max_pool2d  # and the pool of its last block takes the largest
     net.recompile()
@@ -532,7 +532,7 @@ def fit_gaussian(features):
     n = total = squares = origin = 0
     for f in features:
         f = f.cpu().double()
-        origin = f[0] if n == 0 else origin  # about one sample: a large mean would cancel digits
+        origin = f[0] if n == 0 else origin  # moments about it: a large mean would cancel digits
         f = f - origin
         n, total, squares = n + len(f), total + f.sum(0), squares + f.T @ f
     if n < 2 or not torch.isfinite(total).all():
@@ -583,7 +583,7 @@ def atomic(file):
 
 
 def in_batches(n, size, what):
-    """0..n − 1 in ranges of `size`, shown after each; without a terminal each minute, and last."""
+    """Ranges of `size` from 0 to n; prints progress after each, without a terminal each minute."""
     since = last = time.perf_counter()
     for i in range(0, n, size):
         part = range(n)[i : i + size]
@@ -640,7 +640,7 @@ def decode(file, size, bad):
 def load_folder(folder, data_dir, size, classes=False):
     """All images below a folder, decoded once into a file in data_dir that need not fit in memory.
 
-    The subfolders are the K classes, two or more if `classes`; images beside them have label K.
+    The subfolders are the K classes, 2 or more if `classes`; images beside them have "no label", K.
     """
     root, found, others, bad = Path(folder).absolute(), {}, Counter(), []
     for name in sorted(glob.glob("**/*", root_dir=root, recursive=True)):
@@ -654,8 +654,7 @@ def load_folder(folder, data_dir, size, classes=False):
     if others:
         print(folder, "left out:", *(f"{n:,} {end}" for end, n in sorted(others.items())))
     if not found:
-        raise UserError(f"{folder} is no folder with images, nor digits, {', '.join(TORCHVISION)}: "
-                        "name one by --data, or by --reference")
+        raise UserError(f"--data or --reference {folder} is no folder with images nor a set's name")
     names = sorted({*found.values()} - {""})
     if len(names) > 1 and {name.lower() for name in names} <= SPLITS:
         raise UserError(f"{folder} holds splits, not classes: name one, as {root / names[0]}")
@@ -715,7 +714,7 @@ RECIPES = {  # what a data set changes in the defaults of train (TRAIN, §11); t
     "cifar10": dict(size=32, width=128, mults=[1, 2, 2, 2], blocks=2, attention=[16], dropout=0.1,
                     batch=128, lr=2e-4, warmup=5000, steps=400_000, flip=True, save_every=5000),
     None: dict(size=32, width=64, mults=None, attention=None, blocks=2, batch=64, lr=1e-3,
-               warmup=200, steps=20_000, save_every=1000),  # None: run_train goes by size
+               warmup=200, steps=20_000, save_every=1000),  # mults, attention: by size
 }
 AMP = dict(bf16=torch.bfloat16, fp16=torch.float16)  # mixed precision: the type of matrix work
 FIXED = ["path", "classes", "size", "width", "mults", "blocks", "attention"]  # --resume keeps them
@@ -729,7 +728,7 @@ def start_ranks(device):
     if gpu:
         torch.cuda.set_device(gpu)
     dist.init_process_group("cpu:gloo,cuda:nccl" if gpu else "gloo", device_id=gpu,
-                            timeout=timedelta(hours=2))  # one rank may decode
+                            timeout=timedelta(hours=2))  # the others wait while one decodes
     if dist.get_rank() > 0:
         sys.stdout = open(os.devnull, "w")  # rank 0 speaks
     return dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", 0))
@@ -747,7 +746,7 @@ def build(config):
 def draw_batch(images, labels, config, step, device, rank=0, world=1):
     """A rank's share of the batch of a step: x_1, y, x_0, t.
 
-    Torch is seeded anew: the whole batch depends on seed, step, and the devices of it and images.
+    Torch is seeded anew by (seed, step); other devices, of the batch or of images, draw others.
     """
     torch.manual_seed(hash((config.seed, step)))  # of integers: not salted
     B, K = config.batch, len(config.names)
@@ -794,7 +793,7 @@ def read_checkpoint(file):
 
 
 def load(file, device="cpu"):
-    """The averaged (EMA) network of a checkpoint; .config: its training's flags and findings."""
+    """The averaged network (EMA) of a checkpoint; .config: flags, channels, names, data_rms."""
     checkpoint = read_checkpoint(Path(file))
     velocity = build(argparse.Namespace(**checkpoint["config"], step=checkpoint["step"]))
     try:
@@ -901,7 +900,7 @@ def train(config, checkpoint=None):
     if local == 0 and world > 1:  # now the others may read
         dist.barrier()
     channels, names = images.shape[1], names if config.classes else []
-    if checkpoint and (channels, names) != (config.channels, config.names):  # the checkpoint's
+    if checkpoint and (channels, names) != (config.channels, config.names):  # the run's own
         raise UserError(f"{config.data} has other channels or classes than {out}")
     if not checkpoint:
         rms = to_float(images[:: 1 + len(images) // 1000]).square().mean().sqrt().item()
@@ -1108,19 +1107,18 @@ def choose_device(args):
 
 def run_train(parser, argv):
     """Learn to make images from noise."""
-    # parsed twice: for what sets the defaults (--data, --path, --resume), and with these defaults
-    args = parser.parse_args([arg for arg in argv if arg not in ("-h", "--help")])
+    args = parser.parse_args([arg for arg in argv if arg not in ("-h", "--help")])  # anew below
     data, path, checkpoint = args.data or "digits", args.path or "ot", None
     out = Path(args.out or f"runs/{Path(data).absolute().name}-{path}")
     if args.resume:  # the run's own flags, and what it found in its data, are the defaults
         if not (args.out or args.data or args.path):
-            out = newest("log.jsonl").parent  # without a checkpoint yet, it is refused below
+            out = newest("log.jsonl").parent  # the newest run; without a checkpoint refused
         checkpoint = read_checkpoint(out / "checkpoint.pt")
         parser.set_defaults(**checkpoint["config"] | dict(device=None, compile=False,
                                                           overwrite=False))  # anew each time
     else:
         parser.set_defaults(data=data, path=path, **RECIPES.get(data, RECIPES[None]))
-    args = parser.parse_args(argv)  # what was typed wins; --help shows the defaults
+    args = parser.parse_args(argv)  # what was typed wins over these defaults; --help shows them
     for flag in FIXED:
         if checkpoint and getattr(args, flag) != checkpoint["config"][flag]:
             raise UserError(f"--{flag} cannot change: {out} has {checkpoint['config'][flag]}")
@@ -1150,7 +1148,7 @@ def run_train(parser, argv):
 
 
 def open_model(args):
-    """The averaged network of --ckpt; fills in the flags that depend on what is there."""
+    """The averaged network of --ckpt; fills in --ckpt, --steps, --device and --amp."""
     if args.solver != "dopri5":
         args.steps = args.steps or 20
     elif args.steps:
@@ -1294,8 +1292,8 @@ PICTURE = {
     "--seed": COMMON["--seed"],
     "--out": dict(default="paths.png", help="file of the picture"),
     "--overwrite": OUT["--overwrite"]}
-COMMANDS = {  # what runs, its flags, more defaults (in flip's row argparse would show it twice)
-    "train": (run_train, COMMON | MIXED | OUT | TRAIN, dict(flip=False)),
+COMMANDS = {  # what runs, its flags, more defaults
+    "train": (run_train, COMMON | MIXED | OUT | TRAIN, dict(flip=False)),  # in its row: shown twice
     "sample": (run_sample, COMMON | MIXED | OUT | MODEL | GUIDANCE | SAMPLE, {}),
     "fid": (run_fid, COMMON | MIXED | MODEL | GUIDANCE | REFERENCE | FID,
             dict(n=50_000, reference="train")),
@@ -1330,7 +1328,7 @@ def main(argv=None):
     except (UserError, FloatingPointError) as error:
         command.error(" ".join(str(error).split()))
     except OSError as error:
-        if error.errno is None:  # not the system's
+        if error.errno is None:  # not the system's: somebody's OSError(text)
             raise
         command.error(f"{error}: is the disk full, or not to be read or written?")
     except (MemoryError, RuntimeError) as error:
