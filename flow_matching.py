@@ -4,7 +4,7 @@
 # ///
 """Flow Matching for Generative Modeling (Lipman et al., arXiv 2210.02747) in one file.
 
-A path x_t = α(t) x_1 + σ(t) x_0 leads from scaled noise x_0 at t = 0 to an image x_1 at t = 1.
+A probability path x_t = α(t) x_1 + σ(t) x_0 leads from noise at t = 0 to an image x_1 at t = 1.
 Along it every pair (x_0, x_1) moves with the velocity u = α'(t) x_1 + σ'(t) x_0.  A network
 v(x, t) learns u by plain regression at random (x_t, t): Eq. 14.  The loss is least at the mean
 velocity of all pairs that meet at x (Eq. 8), and following that mean moves the noise distribution
@@ -137,7 +137,7 @@ def cfm_loss(v, path, x_1, x_0=None, t=None, weight=None):
 
 
 # §3  ODE solvers: dx/dt = f(x, t)  (needs np, torch, solve_ivp) ---------------------------------
-# A step, and dopri5 (a whole solve), take f(x, t), t a number, which odeint makes of v, t: (B,).
+# A step, and dopri5 (a whole solve), take f(x, t) with a number t; odeint's v takes t: (B,).
 
 
 def euler(f, x, t, h):
@@ -259,7 +259,7 @@ def log_likelihood(v, x_1, path=ot_path, probes=None, **solver):
     state, nfe = odeint(augmented, F.pad(x_1.reshape(B, D), (0, 1)), 1.0, 0.0, **solver)
     variance = path(state.new_zeros(1))[1] ** 2
     log_p_0 = -0.5 * (state[:, :D].square() / variance + (2 * math.pi * variance).log()).sum(1)
-    return log_p_0 + state[:, D], nfe  # backward in time: state[:, D] = −∫ div v dt
+    return log_p_0 + state[:, D], nfe  # solved from 1 to 0: state[:, D] is −∫ div v dt over 0..1
 
 
 def bits_per_dim(log_p, D):
@@ -433,7 +433,7 @@ class UNet(nn.Module):
             if isinstance(layer, ResBlock):
                 h = layer(torch.cat([h, skips.pop()], 1), emb)
             else:
-                h = layer(F.interpolate(h, skips[-1].shape[2:]))  # twice as large, or one less
+                h = layer(F.interpolate(h, skips[-1].shape[2:]))  # twice the size, or 1 less
         return self.out(F.silu(self.out_norm(h)))
 
 
@@ -441,7 +441,7 @@ class Velocity(nn.Module):
     """Preconditioning: the velocity v(x, t, y) of any path by any `net` of these arguments.
 
     net learns only what the best linear predictor of u from x misses, at unit scale (Karras et al.,
-    arXiv 2206.00364, §5, for any path): v = c_skip x + c_out net(c_in x, t, y), weight 1/c_out².
+    arXiv 2206.00364, for any path): v = c_skip x + c_out net(c_in x, t, y), weight 1/c_out².
     vp and ve need it (ve's |σ'| goes from 0.085 to 426); data_rms: root mean square of the data.
     """
 
@@ -583,7 +583,7 @@ def atomic(file):
 
 
 def in_batches(n, size, what):
-    """Ranges of `size` from 0 to n; prints progress after each, without a terminal each minute."""
+    """0..n − 1 in ranges of `size`; progress: after each, in a file each minute and at the end."""
     since = last = time.perf_counter()
     for i in range(0, n, size):
         part = range(n)[i : i + size]
@@ -597,7 +597,7 @@ def in_batches(n, size, what):
 
 
 def draw_digits(n, size, seed=0):
-    """n grey digits in Pillow's own font, each scaled, slanted, rotated, moved and thickened."""
+    """n grey digits in Pillow's font, scaled, slanted, rotated, moved and thickened at random."""
     rng, big = np.random.default_rng(seed), 4 * size  # drawn large, then averaged: smooth edges
     labels, strokes = rng.integers(10, size=n), rng.integers(1 + size // 8, size=n)
     angle, slant, x, y = rng.normal(0, [[0.08], [0.1], [0.04], [0.04]], (4, n))
@@ -735,7 +735,7 @@ def start_ranks(device):
 
 
 def build(config):
-    """The network, randomly initialised, of train's flags and its data's channels, names, rms."""
+    """The untrained network of a config: train's flags; channels, class names, rms of the data."""
     net = UNet(config.channels, config.size, config.width, config.mults, config.blocks,
                config.attention, config.dropout, len(config.names))  # none without --classes
     velocity = net if config.path == "ot" else Velocity(net, PATHS[config.path], config.data_rms)
@@ -746,7 +746,7 @@ def build(config):
 def draw_batch(images, labels, config, step, device, rank=0, world=1):
     """A rank's share of the batch of a step: x_1, y, x_0, t.
 
-    Torch is seeded anew by (seed, step); other devices, of the batch or of images, draw others.
+    All is drawn by torch's generators of `device` and of images' device, seeded by (seed, step).
     """
     torch.manual_seed(hash((config.seed, step)))  # of integers: not salted
     B, K = config.batch, len(config.names)
@@ -793,7 +793,7 @@ def read_checkpoint(file):
 
 
 def load(file, device="cpu"):
-    """The averaged network (EMA) of a checkpoint; .config: flags, channels, names, data_rms."""
+    """The averaged (EMA) network of a checkpoint, with the run's config and step as .config."""
     checkpoint = read_checkpoint(Path(file))
     velocity = build(argparse.Namespace(**checkpoint["config"], step=checkpoint["step"]))
     try:
@@ -807,8 +807,7 @@ def start_state(velocity, checkpoint=None):
     """The network and what is trained with it, as it begins or as a checkpoint has it."""
     ema, config = copy.deepcopy(velocity).eval().requires_grad_(False), velocity.config
     adam = torch.optim.Adam(velocity.parameters(), fused=True)  # train_step sets its rate
-    device = next(velocity.parameters()).device
-    scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
+    scaler = torch.amp.GradScaler(torch.device(config.device).type, enabled=config.amp == "fp16")
     state = dict(model=velocity, ema=ema, optimizer=adam, scaler=scaler)
     for name, part in state.items():
         if checkpoint and checkpoint[name]:  # a scaler that was off saved {}
@@ -866,7 +865,7 @@ def train_step(model, state, step, batch):
     nn.utils.clip_grad_norm_(velocity.parameters(), config.clip)
     scaler.step(optimizer)
     scaler.update()
-    keep = (1 - 1 / step) ** 13  # a power average, about the last 1/13 so far (arXiv 2312.02696)
+    keep = (1 - 1 / step) ** 13  # a power average, over the last 1/13 or so (arXiv 2312.02696)
     with torch.no_grad():
         torch._foreach_lerp_([*ema.parameters()], [*velocity.parameters()], 1 - keep)
     return loss.detach()
@@ -889,7 +888,7 @@ def train(config, checkpoint=None):
     """Train by the flags of train; fills config.out with checkpoint.pt, log.jsonl and grids.
 
     Resumed with the same flags, a CPU's run ends with the weights of the unbroken one, bit for bit.
-    Returns 0, or the signal that stopped it after a checkpoint.
+    Returns 0 after the last step, else the signal that stopped it, after a checkpoint.
     """
     device, out = torch.device(config.device), Path(config.out)
     rank, world, local = start_ranks(device)
@@ -1040,7 +1039,8 @@ TRAIN = {
     "--log-every": dict(type=count, default=50, help="steps between log lines"),
     "--save-every": dict(type=count, default=500, help="steps between checkpoints and grids"),
     "--out": dict(help="folder of the run; default: runs/DATA-PATH"),
-    "--resume": dict(action="store_true", help="go on with the run of --out, or the newest")}
+    "--resume": dict(action="store_true", help="go on with the run of --out, or of --data and "
+                     "--path, or with the newest")}
 MODEL = {
     "--ckpt": dict(help="checkpoint, or the folder of its run; default: the newest in runs/"),
     "--n": dict(type=count, default=64, help="images"),
@@ -1083,7 +1083,7 @@ def check_out(out, overwrite, folder=False, mine=()):
 
 
 def newest(name):
-    """The newest file of that name in a run of runs/; its pattern where there is none."""
+    """The newest file of that name in a run of runs/, or runs/*/NAME, for an error to name."""
     return max(Path("runs").glob(f"*/{name}"), key=os.path.getmtime, default=Path("runs/*", name))
 
 
@@ -1112,7 +1112,7 @@ def run_train(parser, argv):
     out = Path(args.out or f"runs/{Path(data).absolute().name}-{path}")
     if args.resume:  # the run's own flags, and what it found in its data, are the defaults
         if not (args.out or args.data or args.path):
-            out = newest("log.jsonl").parent  # the newest run; without a checkpoint refused
+            out = newest("log.jsonl").parent  # the newest run, refused if it has no checkpoint
         checkpoint = read_checkpoint(out / "checkpoint.pt")
         parser.set_defaults(**checkpoint["config"] | dict(device=None, compile=False,
                                                           overwrite=False))  # anew each time
@@ -1135,7 +1135,7 @@ def run_train(parser, argv):
         raise UserError(f"--out {out} is inside --data {args.data}")
     if args.batch % int(os.environ.get("WORLD_SIZE", 1)):
         raise UserError(f"--batch {args.batch} is not divisible by the number of ranks")
-    if not checkpoint:  # a run that stopped before it had one may have left these
+    if not checkpoint:  # these stay from a run that stopped without one
         check_out(out, args.overwrite, True, mine=["log.jsonl", "*.tmp"])
     elif checkpoint["step"] >= args.steps:
         raise UserError(f"{out} is at step {checkpoint['step']:,}: ask for more --steps")
@@ -1166,7 +1166,8 @@ def open_model(args):
 
 def open_reference(args, config):
     """The images of --reference; UserError also where no result could be kept beside --ckpt."""
-    args.reference = args.reference or ("test" if config.data in RECIPES else "train")
+    if args.reference is None:  # of nll; fid's default is train
+        args.reference = "test" if config.data in RECIPES else "train"
     data = config.data if args.reference in ("train", "test") else args.reference
     images, _, _ = load_data(data, args.data_dir or config.data_dir, config.size,
                              test=args.reference == "test")
@@ -1260,8 +1261,8 @@ def run_nll(parser, argv):
     chosen = np.random.default_rng(args.seed).permutation(len(images))[:n]
     log_p, nfes, since = torch.empty(n, args.k, dtype=torch.float64), [], time.perf_counter()
     for part in in_batches(n, args.batch, "images"):
-        # one draw of signs for the K draws of an image: independent errors of the estimate would
-        # raise bits_per_dim's mean of exponentials; the 1 and 2 in seeds keep u and signs apart
+        # The K draws of an image share their signs: independent errors of the estimate would raise
+        # the mean over K in bits_per_dim.  The 1 and 2 in the seeds keep u and signs independent.
         signs = draw_noise((args.seed, 2), part, shape).sign().to(args.device)
         for k in range(args.k):
             u = draw_noise((args.seed, 1, k), part, shape, law="random")
@@ -1293,7 +1294,8 @@ PICTURE = {
     "--out": dict(default="paths.png", help="file of the picture"),
     "--overwrite": OUT["--overwrite"]}
 COMMANDS = {  # what runs, its flags, more defaults
-    "train": (run_train, COMMON | MIXED | OUT | TRAIN, dict(flip=False)),  # in its row: shown twice
+    # --flip's stands here, for in its row Python before 3.13 would show it twice
+    "train": (run_train, COMMON | MIXED | OUT | TRAIN, dict(flip=False)),
     "sample": (run_sample, COMMON | MIXED | OUT | MODEL | GUIDANCE | SAMPLE, {}),
     "fid": (run_fid, COMMON | MIXED | MODEL | GUIDANCE | REFERENCE | FID,
             dict(n=50_000, reference="train")),
@@ -1307,12 +1309,12 @@ def main(argv=None):
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # it may lack the é of a name
     argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser("flow_matching.py", usage=argparse.SUPPRESS,  # one line
-                                     description="COMMAND --help lists the flags of a command.")
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", prog=parser.prog)
+    parser = argparse.ArgumentParser("flow_matching.py", usage=argparse.SUPPRESS)
+    commands = parser.add_subparsers(title="commands, each with --help", metavar="COMMAND",
+                                     prog=parser.prog)
     for name, (run, rows, defaults) in COMMANDS.items():
         command = commands.add_parser(name, help=run.__doc__, description=run.__doc__,
-                                      usage=argparse.SUPPRESS)  # an error is one line
+                                      usage=argparse.SUPPRESS)  # so an error is one line
         for flag, row in rows.items():
             shown = " (default: %(default)s)" if "default" in row else ""
             command.add_argument(flag, **row | dict(help=row["help"] + shown))
