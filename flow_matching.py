@@ -76,7 +76,7 @@ def vp_path(t, beta_min=0.1, beta_max=20.0):
 
 
 def ve_path(t, sigma_min=0.01, sigma_max=50.0):
-    """Variance-exploding diffusion, Eq. 16: α = 1, σ geometric; at t = 0 it is σ_max, not 1."""
+    """Variance-exploding diffusion, Eq. 16: α = 1; here σ goes from σ_max, not 1, to σ_min."""
     log_ratio = math.log(sigma_max / sigma_min)
     sigma = sigma_min * torch.exp(log_ratio * (1 - t))
     return torch.ones_like(t), sigma, torch.zeros_like(t), -log_ratio * sigma
@@ -239,7 +239,7 @@ def log_likelihood(v, x_1, path=ot_path, probes=None, **solver):
 
     d log p_t(x_t)/dt = −div v(x_t, t), solved backward in time from the data x_1: (B, ...).
     div v is the sum of Eᵀ (∂v/∂x) E over the probes, tensors E: (B, ...).  A single probe of random
-    signs is Hutchinson's unbiased estimate (of n, divide each by √n); None: all D unit vectors,
+    signs is Hutchinson's unbiased estimate (of n, divide each one by √n); None: all D unit vectors,
     exact, D gradients an evaluation.  v must depend on x and not mix samples.
     """
     B, D = len(x_1), math.prod(x_1.shape[1:])
@@ -438,10 +438,10 @@ class UNet(nn.Module):
 
 
 class Velocity(nn.Module):
-    """Preconditioning: the velocity v(x, t, y) of any path by any `net` of these arguments.
+    """Preconditioning: makes the velocity v(x, t, y) of any path out of any net(x, t, y).
 
     net learns only what the best linear predictor of u from x misses, at unit scale (Karras et al.,
-    arXiv 2206.00364, for any path): v = c_skip x + c_out net(c_in x, t, y), weight 1/c_out².
+    arXiv 2206.00364, for any path): v = c_skip x + c_out net(c_in x, t, y); weight() is 1/c_out².
     vp and ve need it (ve's |σ'| goes from 0.085 to 426); data_rms: root mean square of the data.
     """
 
@@ -583,7 +583,7 @@ def atomic(file):
 
 
 def in_batches(n, size, what):
-    """0..n − 1 in ranges of `size`; progress: after each, in a file each minute and at the end."""
+    """0..n − 1 in ranges of `size`; shows progress, without a terminal by the minute and last."""
     since = last = time.perf_counter()
     for i in range(0, n, size):
         part = range(n)[i : i + size]
@@ -654,7 +654,7 @@ def load_folder(folder, data_dir, size, classes=False):
     if others:
         print(folder, "left out:", *(f"{n:,} {end}" for end, n in sorted(others.items())))
     if not found:
-        raise UserError(f"--data or --reference {folder} is no folder with images nor a set's name")
+        raise UserError(f"--data/--reference {folder} is no folder with images or {[*TORCHVISION]}")
     names = sorted({*found.values()} - {""})
     if len(names) > 1 and {name.lower() for name in names} <= SPLITS:
         raise UserError(f"{folder} holds splits, not classes: name one, as {root / names[0]}")
@@ -735,9 +735,9 @@ def start_ranks(device):
 
 
 def build(config):
-    """The untrained network of a config: train's flags; channels, class names, rms of the data."""
+    """The untrained network of a config: train's flags, its data's channels, names, data_rms."""
     net = UNet(config.channels, config.size, config.width, config.mults, config.blocks,
-               config.attention, config.dropout, len(config.names))  # none without --classes
+               config.attention, config.dropout, len(config.names))  # no names: no --classes
     velocity = net if config.path == "ot" else Velocity(net, PATHS[config.path], config.data_rms)
     velocity.config = config
     return velocity
@@ -777,7 +777,7 @@ def read_checkpoint(file):
         if damaged := zipfile.ZipFile(file).testzip():  # torch.load does not check the sums
             raise ValueError(f"damaged at {damaged}")
         checkpoint = torch.load(file, map_location="cpu", weights_only=True)  # runs no code
-        model, ema, adam = (checkpoint[name] for name in ("model", "ema", "optimizer"))
+        model, ema, adam = (checkpoint[name] for name in ("model", "ema", "optimizer"))  # no buffer
         moments = [adam["state"][i] for i in adam["param_groups"][0]["params"]]
         for p, average, kept in zip(model.values(), ema.values(), moments, strict=True):
             shapes = {p.shape, average.shape, kept["exp_avg"].shape, kept["exp_avg_sq"].shape}
@@ -865,7 +865,7 @@ def train_step(model, state, step, batch):
     nn.utils.clip_grad_norm_(velocity.parameters(), config.clip)
     scaler.step(optimizer)
     scaler.update()
-    keep = (1 - 1 / step) ** 13  # a power average, over the last 1/13 or so (arXiv 2312.02696)
+    keep = (1 - 1 / step) ** 13  # average of about the last 1/13 of the steps so far (2312.02696)
     with torch.no_grad():
         torch._foreach_lerp_([*ema.parameters()], [*velocity.parameters()], 1 - keep)
     return loss.detach()
@@ -896,10 +896,10 @@ def train(config, checkpoint=None):
         dist.barrier()
     images, labels, names = load_data(config.data, config.data_dir, config.size,
                                       classes=config.classes)
-    if local == 0 and world > 1:  # now the others may read
+    if local == 0 and world > 1:  # the same barrier, from the other side
         dist.barrier()
     channels, names = images.shape[1], names if config.classes else []
-    if checkpoint and (channels, names) != (config.channels, config.names):  # the run's own
+    if checkpoint and (channels, names) != (config.channels, config.names):  # by run_train
         raise UserError(f"{config.data} has other channels or classes than {out}")
     if not checkpoint:
         rms = to_float(images[:: 1 + len(images) // 1000]).square().mean().sqrt().item()
@@ -1009,9 +1009,9 @@ def integers(text):
 
 
 COMMON = {
-    "--seed": dict(type=natural, default=0, help="of all that is random but the drawn digits"),
+    "--seed": dict(type=natural, default=0, help="of all randomness but digits, training's grids"),
     "--device": dict(help="cuda, cuda:1, mps or cpu; default: the fastest here")}
-MIXED = {"--amp": dict(choices=[*AMP, "off"], help="default: bf16 or fp16 on CUDA, but for dopri5")}
+MIXED = {"--amp": dict(choices=[*AMP, "off"], help="default: off; CUDA: bf16/fp16, not for dopri5")}
 OUT = {
     "--compile": dict(action="store_true", help="torch.compile the network"),
     "--overwrite": dict(action="store_true", help="replace what an earlier one left in --out")}
@@ -1067,7 +1067,7 @@ NLL = {
 def check_out(out, overwrite, folder=False, mine=()):
     """UserError unless the file or folder out can be written, and is new or may be overwritten.
 
-    mine: patterns of the files that may be in a folder all the same.
+    mine, for train alone: patterns of the files that may be in a folder all the same.
     """
     if os.path.lexists(out) and not (out.is_dir() if folder else out.is_file()):
         raise UserError(f"{out} is no {'folder' if folder else 'file'}: name another place")
@@ -1083,7 +1083,7 @@ def check_out(out, overwrite, folder=False, mine=()):
 
 
 def newest(name):
-    """The newest file of that name in a run of runs/, or runs/*/NAME, for an error to name."""
+    """The newest file of that name in a run of runs/, or the path runs/*/NAME, for an error."""
     return max(Path("runs").glob(f"*/{name}"), key=os.path.getmtime, default=Path("runs/*", name))
 
 
@@ -1135,7 +1135,7 @@ def run_train(parser, argv):
         raise UserError(f"--out {out} is inside --data {args.data}")
     if args.batch % int(os.environ.get("WORLD_SIZE", 1)):
         raise UserError(f"--batch {args.batch} is not divisible by the number of ranks")
-    if not checkpoint:  # these stay from a run that stopped without one
+    if not checkpoint:  # mine: left by a run that stopped before its first checkpoint
         check_out(out, args.overwrite, True, mine=["log.jsonl", "*.tmp"])
     elif checkpoint["step"] >= args.steps:
         raise UserError(f"{out} is at step {checkpoint['step']:,}: ask for more --steps")
@@ -1202,7 +1202,7 @@ def run_sample(parser, argv):
         for old in out.glob("[0-9]" * 6 + ".png"):
             old.unlink()
     if args.compile:
-        velocity = torch.compile(velocity)
+        velocity = torch.compile(velocity)  # .config is still there
     made = make_images(velocity, in_batches(args.n, args.batch, "images"), args.seed, args.amp,
                        args.guidance, args.label, solver=args.solver, steps=args.steps,
                        tolerance=args.tolerance)
@@ -1294,7 +1294,7 @@ PICTURE = {
     "--out": dict(default="paths.png", help="file of the picture"),
     "--overwrite": OUT["--overwrite"]}
 COMMANDS = {  # what runs, its flags, more defaults
-    # --flip's stands here, for in its row Python before 3.13 would show it twice
+    # --flip's default is here: in its row, --help of Python before 3.13 would show it twice
     "train": (run_train, COMMON | MIXED | OUT | TRAIN, dict(flip=False)),
     "sample": (run_sample, COMMON | MIXED | OUT | MODEL | GUIDANCE | SAMPLE, {}),
     "fid": (run_fid, COMMON | MIXED | MODEL | GUIDANCE | REFERENCE | FID,
